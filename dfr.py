@@ -1,0 +1,210 @@
+"""Deep feature reweighting: retrain the last layer, or a linear layer on any layer's features.
+
+Kirichenko et al., "Last Layer Re-Training is Sufficient for Robustness to Spurious Correlations",
+2023: standardise the features with the training split's statistics; tune the penalty on a
+group-balanced half of the data, scored by worst-group accuracy on the other half; then fit
+several times on fresh group-balanced subsets of all the data and average the coefficients.
+"""
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.preprocessing import StandardScaler
+
+import files
+import logistic
+import metrics
+from config import Config, DataError, derive_seed
+from data_loader import Split, Splits
+from model import target_layer
+
+log = logging.getLogger(f"spurious.{__name__}")
+
+
+@dataclass
+class Head:
+    """f = ((h - mean) / scale) · coefficients + intercept, on features h (N, d)."""
+
+    mean: np.ndarray
+    scale: np.ndarray
+    coefficients: np.ndarray
+    intercept: float
+
+    def outputs(self, h: np.ndarray) -> torch.Tensor:
+        """Outputs f (N,) float64."""
+        f = ((h - self.mean) / self.scale) @ self.coefficients + self.intercept
+        return torch.from_numpy(np.asarray(f, dtype=np.float64))
+
+
+def check(splits: Splits) -> None:
+    """Raises `DataError` before training when DFR will have nothing to work with."""
+    if splits.dfr is None:
+        raise DataError(
+            "dfr_val_ratio: too small, no sample is set aside for DFR; raise it or "
+            "num_train_samples, or set use_dfr: false"
+        )
+    if len(set(splits.dfr.y.tolist())) < 2:
+        raise DataError(
+            "use_dfr: the data set aside for DFR hold one label only; raise dfr_val_ratio or "
+            "num_train_samples, or set use_dfr: false"
+        )
+
+
+@torch.no_grad()
+def feature_batches(model, split: Split, config: Config):
+    """Yields the features (B, d) of the configured layer as numpy, in the split's order."""
+    model.eval()
+    layer = target_layer(config)
+    for _, batch in metrics.group_batches(split, config.eval_batch_size):
+        yield model.hidden(split.inputs[batch], layer).cpu().numpy()
+
+
+def balanced(members: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """A random subset in which every non-empty group has as many rows as the smallest of them."""
+    there = [rows for rows in members if len(rows)]
+    smallest = min(map(len, there))
+    chosen = np.concatenate([rng.permutation(rows)[:smallest] for rows in there])
+    return np.sort(chosen)
+
+
+def tune(features, split: Split, config: Config) -> list[dict]:
+    """Worst-group accuracy of every C option, [{"c", "worst_acc"}], in increasing C.
+
+    Half of every group (the larger one if odd) is for fitting, on a balanced subset; the other
+    half scores.
+    """
+    rng = np.random.default_rng(derive_seed(config.seed, "dfr", "tune"))
+    members = [rng.permutation(np.arange(part.start, part.stop)) for part in split.slices]
+    fitting = [rows[: math.ceil(len(rows) / 2)] for rows in members]
+    scoring = [rows[math.ceil(len(rows) / 2) :] for rows in members]
+    rows = balanced(fitting, rng)
+    seed = derive_seed(config.seed, "dfr", "solver") % 2**31
+    options = sorted(set(config.dfr_c_options))
+    fits = _fit_all(features, split, [(rows, c, seed) for c in options], config)
+    labels = split.y.cpu().numpy()
+    table = []
+    for c, found in zip(options, fits):
+        right = (features @ found.coefficients + found.intercept) * labels > 0
+        accuracies = [right[held].mean() for held in scoring if len(held)]
+        table.append({"c": c, "worst_acc": float(min(accuracies, default=math.nan))})
+    return table
+
+
+def _fit_all(features, split: Split, tasks, config: Config):
+    labels = split.y.cpu().numpy()
+    fits = logistic.fit_all(features, labels, tasks, config.dfr_reg, config.dfr_num_workers)
+    failed = sum(not found.converged for found in fits)
+    if failed:
+        log.warning(
+            "DFR: %d of %d fits did not converge in %d iterations; smaller values in "
+            "dfr_c_options converge faster",
+            failed,
+            len(fits),
+            logistic.MAX_ITERATIONS,
+        )
+    return fits
+
+
+def retrain(model, splits: Splits, config: Config) -> tuple[Head, dict]:
+    """Retrain on `splits.dfr`; returns the head and what `dfr_results.json` says.
+
+    The results hold, before and after, the very metrics of the network on every split.
+    """
+    source = splits.dfr
+    scaler = StandardScaler()
+    for h in feature_batches(model, splits.train, config):
+        scaler.partial_fit(h)
+    features = np.concatenate([scaler.transform(h) for h in feature_batches(model, source, config)])
+
+    tuning, c = [], None
+    if config.dfr_reg != "none":
+        tuning = tune(features, source, config)
+        # Ties go to the smaller C: the options are in increasing order.
+        best = max((row["worst_acc"] for row in tuning), default=math.nan)
+        c = next((row["c"] for row in tuning if row["worst_acc"] == best), tuning[0]["c"])
+
+    members = [np.arange(part.start, part.stop) for part in source.slices]
+    tasks = []
+    for i in range(config.dfr_num_retrains):
+        rng = np.random.default_rng(derive_seed(config.seed, "dfr", "retrain", i))
+        seed = derive_seed(config.seed, "dfr", "solver", i) % 2**31
+        tasks.append((balanced(members, rng), c, seed))
+    fits = _fit_all(features, source, tasks, config)
+    head = Head(
+        mean=scaler.mean_,
+        scale=scaler.scale_,
+        coefficients=np.mean([found.coefficients for found in fits], axis=0),
+        intercept=float(np.mean([found.intercept for found in fits])),
+    )
+    results = {
+        "target_layer": config.dfr_target_layer,
+        "split_strategy": config.dfr_val_split_strategy,
+        "reg": config.dfr_reg,
+        "c": c,
+        "num_retrains": config.dfr_num_retrains,
+        "samples_per_group": min(filter(None, source.counts)),
+        "num_features": len(head.coefficients),
+        "nonzero_coefficients": int(np.count_nonzero(head.coefficients)),
+        "converged_fits": sum(found.converged for found in fits),
+        "tuning": tuning,
+        "before": {},
+        "after": {},
+    }
+    loss = metrics.LOSSES[config.loss_function]
+    for name, split in splits.evaluated().items():
+        f = metrics.outputs(model, split, config.eval_batch_size)
+        results["before"][name] = metrics.summary(f, split, loss, splits.train.shares)
+        parts = [head.outputs(h) for h in feature_batches(model, split, config)]
+        on_cpu = Split(split.inputs, split.y.cpu(), split.a.cpu(), split.counts)
+        results["after"][name] = metrics.summary(
+            torch.cat(parts), on_cpu, loss, splits.train.shares
+        )
+    return head, results
+
+
+def save(folder, head: Head, results: dict, group_names: list[str]) -> None:
+    """Write `dfr_model.npz`, `dfr_results.json` (NaN as null) and `dfr_results.txt`."""
+    with files.complete(folder / "dfr_model.npz") as temporary:
+        np.savez(
+            temporary,
+            mean=head.mean,
+            scale=head.scale,
+            coefficients=head.coefficients,
+            intercept=head.intercept,
+        )
+    files.write_text(folder / "dfr_results.txt", text(results, group_names))
+    strict = json.dumps(_without_nan(results), indent=2, allow_nan=False)
+    files.write_text(folder / "dfr_results.json", strict + "\n")
+
+
+def _without_nan(value):
+    """The same data with null for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def text(results: dict, group_names: list[str]) -> str:
+    """A table for reading: every metric before and after, side by side."""
+    names = {"avg_acc": "average accuracy", "adjusted_acc": "adjusted accuracy"}
+    names |= {"worst_acc": "worst-group accuracy"}
+    names |= {f"group_{g}_acc": f"  {name}" for g, name in enumerate(group_names)}
+    names |= {"avg_loss": "average loss", "worst_loss": "worst-group loss"}
+    c = "no penalty" if results["c"] is None else f"{results['reg']} penalty, C = {results['c']:g}"
+    lines = [
+        f"DFR on {results['target_layer']}: {c}, {results['num_retrains']} fits on "
+        f"{results['samples_per_group']} samples of each group, {results['nonzero_coefficients']} "
+        f"of {results['num_features']} coefficients in use"
+    ]
+    for split in results["after"]:
+        lines += ["", f"{split:<24}{'before':>10}{'after':>10}"]
+        for quantity, name in names.items():
+            before, after = (results[when][split][quantity] for when in ("before", "after"))
+            lines.append(f"{name:<24}{before:>10.4f}{after:>10.4f}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""Where raw material comes from: one file a source. Find, fetch, verify, unpack, decode."""

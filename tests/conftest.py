@@ -1,0 +1,105 @@
+"""Helpers that several test files share."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import config as configuration
+from data_loader import Split, Splits
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """One data folder for the session, so that the embedded digits are parsed once."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def settings(data_dir, tmp_path):
+    """settings(**keys) -> a small, fast configuration with these keys changed."""
+
+    def make(**keys):
+        small = {
+            "num_train_samples": 400,
+            "num_test_samples": 200,
+            "hidden_dim": 16,
+            "epochs": 2,
+            "results_dir": str(tmp_path / "results"),
+            "data_dir": str(data_dir),
+            "dfr_num_workers": 1,
+            "wandb": {"enable": False},
+        }
+        return configuration.validate(small | keys)
+
+    return make
+
+
+def make_split(counts, shape=(7,), dtype=torch.float64, seed=0):
+    """A split of random inputs with these group counts, stored group by group."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.cat([torch.full((n,), v, dtype=dtype) for n, v in zip(counts, (-1, -1, 1, 1))])
+    a = torch.cat([torch.full((n,), v, dtype=dtype) for n, v in zip(counts, (-1, 1, -1, 1))])
+    inputs = torch.randn(sum(counts), *shape, generator=generator, dtype=dtype)
+    # Something to learn from both: a group mean in the first two coordinates.
+    flat = inputs.flatten(1)
+    flat[:, 0] += 0.5 * y
+    flat[:, 1] += a
+    return Split(inputs / flat.norm(dim=1).view(-1, *[1] * len(shape)), y, a, list(counts))
+
+
+def make_splits(train=(12, 5, 4, 9), test=(6, 5, 7, 3), **options):
+    """Random training and test splits."""
+    names = ["y < 0, a < 0", "y < 0, a > 0", "y > 0, a < 0", "y > 0, a > 0"]
+    options.setdefault("seed", 0)
+    seed = options.pop("seed")
+    return Splits(
+        train=make_split(train, seed=2 * seed, **options),
+        test=make_split(test, seed=2 * seed + 1, **options),
+        group_names=names,
+    )
+
+
+class FakeRun:
+    """Records what a run would write."""
+
+    def __init__(self, folder):
+        self.folder, self.rows, self.analyses = folder, [], []
+
+    def history(self, row):
+        self.rows.append(row)
+
+    def analysis(self, rows):
+        self.analyses += rows
+
+    def timed(self, *_):
+        import contextlib
+
+        return contextlib.nullcontext()
+
+    def values(self, analysis, quantity, split):
+        """{(epoch, pair): value} of one quantity."""
+        wanted = {"analysis": analysis, "quantity": quantity, "split": split}
+        return {
+            (row["epoch"], row["pair"]): row["value"]
+            for row in self.analyses
+            if all(row[k] == v for k, v in wanted.items())
+        }
+
+
+@pytest.fixture
+def fake_run(tmp_path):
+    return FakeRun(tmp_path)
+
+
+def in_float64(splits):
+    """The same splits with float64 tensors."""
+
+    def convert(split):
+        if split is None:
+            return None
+        return Split(split.inputs.double(), split.y.double(), split.a.double(), split.counts)
+
+    return dataclasses.replace(
+        splits, **{name: convert(split) for name, split in splits.named().items()}
+    )
