@@ -401,7 +401,8 @@ class _Loader(yaml.SafeLoader):
                 problem = f"the key {name!r} is given twice"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
             seen.add(name)
-        return super().construct_mapping(node, deep)
+        # Keys as they are written: `3` or `true` is as unknown a name as any other.
+        return {key.value: self.construct_object(value, deep) for key, value in node.value}
 
 
 # Only what a setting can be: dates, octal and sexagesimal numbers stay text.
@@ -547,7 +548,7 @@ def fields(model=Config, prefix=""):
 
 
 def _near(name: str, known) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -583,9 +584,6 @@ def _problem(error, document) -> tuple[str, str]:
 def validate(document: dict, problems=()) -> Config:
     """A `Config` from plain data, or a `ConfigError` with every problem."""
     problems, document = list(problems), dict(document)
-    for name in [name for name in document if not isinstance(name, str)]:
-        problems.append(f"{name!r}: a key must be text")
-        del document[name]
     if "debias_method" in document and document["debias_method"] is None:
         document["debias_method"] = "None"
     bad = set()
@@ -645,7 +643,8 @@ def help_text() -> str:
         title = SECTIONS.get(name)
         if title:
             lines += ["", f"{title}:"]
-        lines.append(f"  {name} = {_default(default)}")
+        start = f"  {name} = {_default(default)}"
+        lines += textwrap.wrap(start, 78, subsequent_indent="      ")
         text = f"{field.description} [{_field_allowed(field)}]"
         lines += textwrap.wrap(text, 78, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines).strip()

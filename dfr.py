@@ -71,16 +71,22 @@ def balanced(members: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
     return np.sort(chosen)
 
 
+def halves(split: Split, rng: np.random.Generator) -> tuple[list, list]:
+    """Rows of each group for fitting (half, the larger one if odd) and for scoring."""
+    members = [rng.permutation(np.arange(part.start, part.stop)) for part in split.slices]
+    middles = [math.ceil(len(rows) / 2) for rows in members]
+    fitting = [rows[:middle] for rows, middle in zip(members, middles)]
+    return fitting, [rows[middle:] for rows, middle in zip(members, middles)]
+
+
 def tune(features, split: Split, config: Config) -> list[dict]:
     """Worst-group accuracy of every C option, [{"c", "worst_acc"}], in increasing C.
 
-    Half of every group (the larger one if odd) is for fitting, on a balanced subset; the other
-    half scores.
+    A group-balanced subset of one half is for fitting, the other half scores; NaN when no group
+    has a second sample to score with.
     """
     rng = np.random.default_rng(derive_seed(config.seed, "dfr", "tune"))
-    members = [rng.permutation(np.arange(part.start, part.stop)) for part in split.slices]
-    fitting = [rows[: math.ceil(len(rows) / 2)] for rows in members]
-    scoring = [rows[math.ceil(len(rows) / 2) :] for rows in members]
+    fitting, scoring = halves(split, rng)
     rows = balanced(fitting, rng)
     seed = derive_seed(config.seed, "dfr", "solver") % 2**31
     options = sorted(set(config.dfr_c_options))

@@ -10,8 +10,9 @@ import os
 import sys
 import textwrap
 import zipfile
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, cycle
 from pathlib import Path
 
 import matplotlib
@@ -43,16 +44,20 @@ GROUP_COLOURS = (
 )
 LINE_STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D")
+BAR_LOOKS = {"before": {"alpha": 0.45, "hatch": "////", "edgecolor": "white"}, "after": {}}
 HATCHES = ("", "////", "....", "xxxx")
 RED, GREEN, BLACK, GREY = "#D55E00", "#009E73", "#000000", "#7F7F7F"
 STYLES = [
-    {"color": colour, "linestyle": line, "marker": marker}
-    for colour, line, marker in zip((RED, GREEN, BLACK, GREY), LINE_STYLES, MARKERS, strict=True)
+    {"color": RED, "linestyle": "-", "marker": "o"},
+    {"color": GREEN, "linestyle": "--", "marker": "s"},
+    {"color": BLACK, "linestyle": "-.", "marker": "^"},
+    {"color": GREY, "linestyle": ":", "marker": "D"},
 ]
 # Six styles for the pairs among four things, in the order of `combinations`: a pair and its
 # complement share the colour, the complement is dashed with open markers.
-PAIR_STYLES = [{**style, "linestyle": "-"} for style in STYLES[:3]] + [
-    {**style, "linestyle": "--", "markerfacecolor": "white"} for style in STYLES[2::-1]
+PAIR_STYLES = [
+    *({**style, "linestyle": "-"} for style in STYLES[:3]),
+    *({**style, "linestyle": "--", "markerfacecolor": "white"} for style in STYLES[2::-1]),
 ]
 RC = {
     "font.size": 9,
@@ -64,10 +69,12 @@ RC = {
     "legend.fontsize": 8,
     "legend.frameon": False,
     "legend.handlelength": 3.0,
+    "legend.columnspacing": 1.2,
     "lines.linewidth": 1.3,
     "lines.markersize": 3.5,
     "hatch.linewidth": 0.5,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.3,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -102,33 +109,40 @@ class Run:
         return {self.codes[g]: self.labels[g] for g in self.codes}.get(code, code)
 
 
-def read_table(path: Path, columns) -> pd.DataFrame:
-    """A CSV table that must have these columns; without rows if the file is missing or empty."""
-    if not path.is_file():
-        return pd.DataFrame(columns=list(columns))
+@contextmanager
+def readable(path: Path):
+    """Turn what a damaged file raises while it is read into an error for people."""
     try:
-        table = pd.read_csv(path)
-    except pd.errors.EmptyDataError:
+        yield
+    except (ArithmeticError, AttributeError, EOFError, KeyError, OSError, TypeError) as error:
+        raise PlotError(f"{path}: not readable: {type(error).__name__}: {error}") from error
+    except (ValueError, yaml.YAMLError, zipfile.BadZipFile) as error:
+        raise PlotError(f"{path}: not readable: {error}") from error
+
+
+def present(path: Path) -> bool:
+    """Whether a file is there and not empty."""
+    return path.is_file() and path.stat().st_size > 0
+
+
+def read_table(path: Path, *columns: str) -> pd.DataFrame:
+    """A CSV table that must have these columns; without rows if the file is missing or empty."""
+    if not present(path):
         return pd.DataFrame(columns=list(columns))
-    except (pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise PlotError(f"{path}: not a readable table: {error}") from error
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise PlotError(f"{path}: no column {', '.join(missing)}")
-    return table
+    with readable(path):
+        table = pd.read_csv(path)
+        missing = [name for name in columns if name not in table]
+        if missing:
+            raise PlotError(f"{path}: no column {', '.join(missing)}")
+        return table
 
 
 def read_config(path: Path) -> dict:
     """The run's configuration, {} if it was not saved."""
-    if not path.is_file():
+    if not present(path):
         return {}
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PlotError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(config, dict):
-        raise PlotError(f"{path}: not a mapping of settings")
-    return config
+    with readable(path):
+        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 def read_run(folder) -> Run:
@@ -138,20 +152,16 @@ def read_run(folder) -> Run:
         raise PlotError(f"{folder}: no such run folder")
     if not any((folder / table).is_file() for table in TABLES):
         raise PlotError(f"{folder}: not a run folder, none of {', '.join(TABLES)} is there")
-    history = read_table(folder / "training_history.csv", ["epoch"])
-    counts = read_table(folder / "group_counts.csv", ["split", "group", "y", "a", "name", "count"])
-    columns = ["epoch", "split", "analysis", "pair", "quantity", "value"]
-    analysis = read_table(folder / "analysis.csv", columns)
+    history = read_table(folder / "training_history.csv", "epoch")
+    counts = read_table(folder / "group_counts.csv", "split", "group", "y", "a", "name", "count")
+    columns = ("epoch", "split", "analysis", "pair", "quantity", "value")
+    analysis = read_table(folder / "analysis.csv", *columns)
     analysis["pair"] = analysis["pair"].astype(object).fillna("")
-    if counts.empty:
-        labels = codes = {g: groups.name(g) for g in range(len(groups.GROUPS))}
-    else:
-        cells = counts.drop_duplicates("group").sort_values("group")
-        labels = {int(cell.group): str(cell.name) for cell in cells.itertuples(index=False)}
-        codes = {
-            int(cell.group): f"G({int(cell.y):+d},{int(cell.a):+d})"
-            for cell in cells.itertuples(index=False)
-        }
+    labels = codes = {g: groups.name(g) for g in range(len(groups.GROUPS))}
+    if not counts.empty:
+        cells = counts.drop_duplicates("group").set_index("group").sort_index()
+        labels = cells["name"].astype(str).to_dict()
+        codes = {g: f"G({y:+.0f},{a:+.0f})" for g, y, a in cells[["y", "a"]].itertuples()}
     config = read_config(folder / "config_used.yaml")
     return Run(folder, config, history, counts, analysis, labels, codes)
 
@@ -199,20 +209,10 @@ def analysis_values(run: Run, analysis: str, split: str, pair: str = "") -> pd.D
     return rows.pivot(index="epoch", columns="quantity", values="value").sort_index()
 
 
-def analysis_epochs(run: Run, analysis: str) -> pd.Series:
-    """The epochs at which an analysis ran."""
-    return run.analysis.epoch[run.analysis.analysis == analysis]
-
-
 def analysis_splits(run: Run, analysis: str) -> list[str]:
     """The splits that an analysis was made for."""
     found = set(run.analysis.split[run.analysis.analysis == analysis])
     return [split for split in SPLIT_TITLES if split in found]
-
-
-def empty_groups(run: Run, split: str) -> list[str]:
-    """Names of the groups without samples in a split."""
-    return list(run.counts.name[(run.counts.split == split) & (run.counts["count"] == 0)])
 
 
 def new_figure(rows: int, splits: list[str]):
@@ -242,25 +242,26 @@ def curve(ax, x, y, style: dict, label: str) -> None:
 def rescale(axes, text: str, signed: bool) -> None:
     """Label the y axis of a row of panels, logarithmic if the curves span two decades or more.
 
-    Signed values get a symlog axis, linear below the 10th percentile of the magnitudes, not
-    counting rounding errors (a millionth of the median).
+    Signed values get a symlog axis that is linear below the lower quartile of the magnitudes;
+    neither rounding errors (a millionth of the median) nor a diverged last epoch move it.
     """
     sizes = np.concatenate([[], *(line.get_ydata() for ax in axes for line in ax.lines)])
     sizes = np.abs(sizes[np.isfinite(sizes) & (sizes != 0)])
-    if sizes.size:
-        sizes = sizes[sizes > 1e-6 * np.median(sizes)] if signed else sizes
-        low = np.log10(np.percentile(sizes, 10, method="lower") if signed else sizes.min())
-        if np.log10(sizes.max()) - low >= 2:
-            text += " (symlog)" if signed else " (log)"
-            for ax in axes:
-                if signed:
-                    ax.set_yscale("symlog", linthresh=10 ** np.floor(low))
-                    locator = SymmetricalLogLocator(ax.yaxis.get_transform())
-                    locator.set_params(numticks=7)
-                    ax.yaxis.set_major_locator(locator)
-                else:
-                    ax.set_yscale("log")
     axes[0].set_ylabel(text)
+    if not sizes.size:
+        return
+    sizes = sizes[sizes > 1e-6 * np.median(sizes)] if signed else sizes
+    low = np.log10(np.percentile(sizes, 25, method="lower") if signed else sizes.min())
+    if np.log10(sizes.max()) - low < 2:
+        return
+    axes[0].set_ylabel(f"{text} (symlog)" if signed else f"{text} (log)")
+    for ax in axes:
+        if signed:
+            ax.set_yscale("symlog", linthresh=10 ** np.floor(low))
+            ax.yaxis.set_major_locator(SymmetricalLogLocator(ax.yaxis.get_transform()))
+            ax.yaxis.get_major_locator().set_params(numticks=7)
+        else:
+            ax.set_yscale("log")
 
 
 def zero_line(axes) -> None:
@@ -275,6 +276,12 @@ def share_axis(axes, text: str) -> None:
     axes[0].set(ylabel=text, ylim=(-0.03, 1.03))
 
 
+def cosine_axis(axes) -> None:
+    """Label a row of panels that show cosines."""
+    axes[0].set(ylabel="cosine", ylim=(-1.08, 1.08))
+    zero_line(axes)
+
+
 def unique_handles(axes, order=()) -> dict:
     """Legend label → handle over several panels, in the given order where there is one."""
     found = {}
@@ -285,11 +292,14 @@ def unique_handles(axes, order=()) -> dict:
 
 
 def legend_below(figure: Figure, order=()) -> None:
-    """One legend for all panels, below them, in as many columns as fit."""
+    """One legend for all panels, below them, in rows as even as the width allows."""
     found = unique_handles(figure.axes, order)
     if found:
-        width = 0.6 + 0.075 * max(len(label) for label in found)
-        columns = max(1, min(len(found), int(figure.get_figwidth() / width)))
+        lengths = [max(map(len, label.split("\n"))) for label in found]
+        widths = 0.55 + 0.065 * np.array(lengths)
+        fits = max(1, int(figure.get_figwidth() / widths.max()))
+        rows = 1 if widths.sum() < figure.get_figwidth() else -(-len(found) // fits)
+        columns = -(-len(found) // rows)
         place = "outside lower center"
         figure.legend(list(found.values()), list(found), loc=place, ncols=columns)
 
@@ -312,12 +322,13 @@ def title(run: Run, subject: str) -> str:
     return text
 
 
-def finish_epochs(run: Run, figure: Figure, axes, subject: str, epochs) -> Figure:
+def finish(run: Run, figure: Figure, axes, subject: str, epochs) -> Figure:
     """Title, whole epochs on the shared x axis, and a word in panels without a curve."""
     first, last = min(epochs), max(epochs)
     margin = 0.5 if first == last else 0.04 * (last - first)
     axes[0, 0].set_xlim(first - margin, last + margin)
-    axes[0, 0].xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+    ticks = MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
+    axes[0, 0].xaxis.set_major_locator(ticks)
     for ax in axes[-1]:
         ax.set_xlabel("epoch")
     for ax in axes.flat:
@@ -327,53 +338,56 @@ def finish_epochs(run: Run, figure: Figure, axes, subject: str, epochs) -> Figur
     return figure
 
 
-def training_history(run: Run) -> Figure | None:
-    """Average, adjusted and worst-group loss and accuracy of every split."""
-    splits = history_splits(run)
-    if run.history.empty or not splits:
-        return None
-    figure, axes = new_figure(2, splits)
-    kinds = (
-        ("avg", "average"),
-        ("adjusted", "adjusted (training shares)"),
-        ("worst", "worst group"),
-    )
-    for (kind, label), style in zip(kinds, (STYLES[2], STYLES[1], STYLES[0]), strict=True):
-        for row, metric in enumerate(("loss", "acc")):
-            for ax, split in zip(axes[row], splits, strict=True):
-                values = column(run.history, f"{split}_{kind}_{metric}")
-                curve(ax, run.history.epoch, values, style, label)
-    rescale(axes[0], "loss", signed=False)
-    share_axis(axes[1], "accuracy")
-    legend_below(figure)
-    return finish_epochs(run, figure, axes, "Training history", run.history.epoch)
-
-
 def name_empty_groups(run: Run, axes, splits: list[str]) -> None:
     """Say below the title of a split which groups have no samples there."""
     for ax, split in zip(axes[0], splits, strict=True):
-        empty = "; ".join(empty_groups(run, split))
-        if empty:
-            note = textwrap.fill(f"no samples: {empty}", 42)
+        empty = run.counts.name[(run.counts.split == split) & (run.counts["count"] == 0)]
+        if len(empty):
+            # Lines break between names only.
+            names = "; ".join(name.replace(" ", "\xa0") for name in empty)
+            note = textwrap.fill(f"no samples: {names}", 36).replace("\xa0", " ")
             ax.set_title(f"{SPLIT_TITLES[split]}\n{note}", fontsize=8)
 
 
-def group_curves(run: Run) -> Figure | None:
-    """Loss and accuracy of every group."""
-    splits = history_splits(run)
-    if run.history.empty or not splits:
-        return None
+def history_figure(run: Run, subject: str, curves, gap: str = "") -> Figure:
+    """Losses above accuracies, one column a split.
+
+    curves: (label, style, what) where what is a middle part of column names, such as `avg` or
+    `group_0`; for gaps a pair of them, to be subtracted.
+    """
+    splits, history = history_splits(run), run.history
     figure, axes = new_figure(2, splits)
-    for group, label in run.labels.items():
-        for row, metric in enumerate(("loss", "acc")):
-            for ax, split in zip(axes[row], splits, strict=True):
-                values = column(run.history, f"{split}_group_{group}_{metric}")
-                curve(ax, run.history.epoch, values, group_style(group), label)
+    for row, metric in zip(axes, ("loss", "acc"), strict=True):
+        for ax, split in zip(row, splits, strict=True):
+            for label, style, what in curves:
+                parts = what if gap else (what,)
+                values = [column(history, f"{split}_{part}_{metric}") for part in parts]
+                curve(ax, history.epoch, values[0] - values[1] if gap else values[0], style, label)
+    rescale(axes[0], f"loss{gap}", signed=bool(gap))
+    if gap:
+        axes[1, 0].set_ylabel(f"accuracy{gap}")
+        zero_line(axes.flat)
+    else:
+        share_axis(axes[1], "accuracy")
     name_empty_groups(run, axes, splits)
-    rescale(axes[0], "loss", signed=False)
-    share_axis(axes[1], "accuracy")
-    legend_below(figure, run.labels.values())
-    return finish_epochs(run, figure, axes, "Groups", run.history.epoch)
+    legend_below(figure, [label for label, _, _ in curves])
+    return finish(run, figure, axes, subject, history.epoch)
+
+
+def training_history(run: Run) -> Figure:
+    """Average, adjusted and worst-group loss and accuracy of every split."""
+    curves = [
+        ("average", STYLES[2], "avg"),
+        ("adjusted (training shares)", STYLES[1], "adjusted"),
+        ("worst group", STYLES[0], "worst"),
+    ]
+    return history_figure(run, "Training history", curves)
+
+
+def group_curves(run: Run) -> Figure:
+    """Loss and accuracy of every group."""
+    curves = [(label, group_style(g), f"group_{g}") for g, label in run.labels.items()]
+    return history_figure(run, "Groups", curves)
 
 
 def gap_pairs(run: Run) -> list[tuple[str, str]]:
@@ -387,33 +401,20 @@ def gap_pairs(run: Run) -> list[tuple[str, str]]:
 
 def gaps(run: Run) -> Figure | None:
     """Loss and accuracy of the first group minus those of the second, for every pair."""
-    splits, pairs = history_splits(run), gap_pairs(run)
-    index = {code: group for group, code in run.codes.items()}
-    pairs = [pair for pair in pairs if set(pair) <= set(index)]
-    if run.history.empty or not splits or not pairs:
+    parts = {code: f"group_{g}" for g, code in run.codes.items()}
+    pairs = [pair for pair in gap_pairs(run) if set(pair) <= set(parts)]
+    if not pairs:
         return None
-    figure, axes = new_figure(2, splits)
-    for number, (first, second) in enumerate(pairs):
-        style = PAIR_STYLES[(0, 4, 2, 3, 1, 5)[number % 6]]
-        for row, metric in enumerate(("loss", "acc")):
-            for ax, split in zip(axes[row], splits, strict=True):
-                minuend = column(run.history, f"{split}_group_{index[first]}_{metric}")
-                subtrahend = column(run.history, f"{split}_group_{index[second]}_{metric}")
-                label = pair_label(run, first, second)
-                curve(ax, run.history.epoch, minuend - subtrahend, style, label)
-    name_empty_groups(run, axes, splits)
-    rescale(axes[0], "loss gap", signed=True)
-    axes[1, 0].set_ylabel("accuracy gap")
-    zero_line(axes.flat)
-    legend_below(figure)
-    return finish_epochs(run, figure, axes, "Gaps between groups", run.history.epoch)
+    curves = []
+    for (first, second), number in zip(pairs, cycle((0, 4, 2, 3, 1, 5)), strict=False):
+        label = pair_label(run, first, second)
+        curves.append((label, PAIR_STYLES[number], (parts[first], parts[second])))
+    return history_figure(run, "Gaps between groups", curves, gap=" gap")
 
 
-def gradient_basis(run: Run) -> Figure | None:
+def gradient_basis(run: Run) -> Figure:
     """Norms of the four basis gradients and the cosines between them."""
     splits = analysis_splits(run, "gradient_basis")
-    if not splits:
-        return None
     names = {"inv": "$v_{inv}$", "Y": "$v_Y$", "A": "$v_A$", "AY": "$v_{AY}$"}
     figure, axes = new_figure(2, splits)
     for column_axes, split in zip(axes.T, splits, strict=True):
@@ -428,23 +429,14 @@ def gradient_basis(run: Run) -> Figure | None:
     cosine_axis(axes[1])
     for row in axes:
         legend_beside(row)
-    epochs = analysis_epochs(run, "gradient_basis")
-    return finish_epochs(run, figure, axes, "Gradient basis", epochs)
+    return finish(run, figure, axes, "Gradient basis", table.index)
 
 
-def cosine_axis(axes) -> None:
-    """Label a row of panels that show cosines."""
-    axes[0].set(ylabel="cosine", ylim=(-1.08, 1.08))
-    zero_line(axes)
-
-
-def term_panels(run: Run, analysis: str, terms: dict, subject: str) -> Figure | None:
+def term_panels(run: Run, analysis: str, terms: dict, subject: str) -> Figure:
     """What moves the loss gap of every pair on every split; terms: quantity → (label, style)."""
     splits = analysis_splits(run, analysis)
     rows = run.analysis[run.analysis.analysis == analysis]
     pairs = [pair for pair in dict.fromkeys(rows.pair) if pair]
-    if not splits or not pairs:
-        return None
     figure, axes = new_figure(len(pairs), splits)
     for row, pair in zip(axes, pairs, strict=True):
         for ax, split in zip(row, splits, strict=True):
@@ -460,10 +452,10 @@ def term_panels(run: Run, analysis: str, terms: dict, subject: str) -> Figure | 
         rescale(row, f"{names}\nd(loss gap)/dt", signed=True)
         zero_line(row)
     legend_below(figure, [label for label, _ in terms.values()])
-    return finish_epochs(run, figure, axes, subject, analysis_epochs(run, analysis))
+    return finish(run, figure, axes, subject, rows.epoch)
 
 
-def gap_dynamics_factors(run: Run) -> Figure | None:
+def gap_dynamics_factors(run: Run) -> Figure:
     """Time derivative of the loss gap, split by what causes it."""
     dots = {"color": GREY, "linestyle": "none", "marker": "o", "markerfacecolor": "none"}
     terms = {
@@ -477,7 +469,7 @@ def gap_dynamics_factors(run: Run) -> Figure | None:
     return term_panels(run, "gap_dynamics_factors", terms, "Gap dynamics")
 
 
-def static_dynamic_decomposition(run: Run) -> Figure | None:
+def static_dynamic_decomposition(run: Run) -> Figure:
     """Time derivative of the loss gap, split into static and dynamic parts of the gradients."""
     terms = {
         "total": ("total", STYLES[2] | {"linestyle": "-"}),
@@ -489,13 +481,14 @@ def static_dynamic_decomposition(run: Run) -> Figure | None:
     return term_panels(run, analysis, terms, "Static and dynamic parts")
 
 
-def jacobian_norm(run: Run) -> Figure | None:
+def jacobian_norm(run: Run) -> Figure:
     """Mean Jacobians of the groups: squared norms, cosines, attribute against label direction."""
     splits = analysis_splits(run, "jacobian_norm")
-    if not splits:
-        return None
     figure, axes = new_figure(4, splits)
-    differences = {"norm_Delta_S": "attribute, $||Δ_S||$", "norm_Delta_L": "label, $||Δ_L||$"}
+    differences = {
+        "norm_Delta_S": r"attribute, $\|\Delta_S\|$",
+        "norm_Delta_L": r"label, $\|\Delta_L\|$",
+    }
     for column_axes, split in zip(axes.T, splits, strict=True):
         table = analysis_values(run, "jacobian_norm", split)
         norms, cosines, directions, ratio = column_axes
@@ -508,23 +501,19 @@ def jacobian_norm(run: Run) -> Figure | None:
             curve(cosines, table.index, values, style, pair_label(run, one, two, "×"))
         for style, (quantity, label) in zip(STYLES, differences.items(), strict=False):
             curve(directions, table.index, column(table, quantity), style, label)
-        values = column(table, "ratio_Delta_S_L")
-        curve(ratio, table.index, values, STYLES[2], "$||Δ_S||\\,/\\,||Δ_L||$")
-    rescale(axes[0], "squared norm $||m_g||^2$", signed=False)
+        curve(ratio, table.index, column(table, "ratio_Delta_S_L"), STYLES[2], "ratio")
+    rescale(axes[0], r"squared norm $\|m_g\|^2$", signed=False)
     cosine_axis(axes[1])
     rescale(axes[2], "norm", signed=False)
-    rescale(axes[3], "ratio", signed=False)
-    for row in axes:
-        legend_beside(row)
-    epochs = analysis_epochs(run, "jacobian_norm")
-    return finish_epochs(run, figure, axes, "Mean Jacobians", epochs)
+    rescale(axes[3], r"ratio $\|\Delta_S\|\,/\,\|\Delta_L\|$", signed=False)
+    for row in axes[:3]:
+        legend_beside(row, run.labels.values())
+    return finish(run, figure, axes, "Mean Jacobians", table.index)
 
 
-def model_output_expectation(run: Run) -> Figure | None:
+def model_output_expectation(run: Run) -> Figure:
     """Mean output per group in a band of one standard deviation."""
     splits = analysis_splits(run, "model_output_expectation")
-    if not splits:
-        return None
     figure, axes = new_figure(1, splits)
     for ax, split in zip(axes[0], splits, strict=True):
         table = analysis_values(run, "model_output_expectation", split)
@@ -541,82 +530,64 @@ def model_output_expectation(run: Run) -> Figure | None:
     rescale(axes[0], "output f, mean ± std", signed=True)
     zero_line(axes[0])
     legend_below(figure, run.labels.values())
-    epochs = analysis_epochs(run, "model_output_expectation")
-    return finish_epochs(run, figure, axes, "Model output", epochs)
+    return finish(run, figure, axes, "Model output", table.index)
 
 
-def misclassification(run: Run) -> Figure | None:
+def misclassification(run: Run) -> Figure:
     """Error rate of every group and its share among all errors of the split."""
-    splits = history_splits(run)
-    if run.history.empty or not splits:
-        return None
-    epochs = run.history.epoch.to_numpy()
+    splits, epochs = history_splits(run), run.history.epoch.to_numpy()
     # Bars one epoch wide, without gaps where epochs are missing.
     edges = np.r_[epochs[0] - 0.5, (epochs[1:] + epochs[:-1]) / 2, epochs[-1] + 0.5]
     figure, axes = new_figure(1 if run.counts.empty else 2, splits)
     for column_axes, split in zip(axes.T, splits, strict=True):
         counts = run.counts[run.counts.split == split].set_index("group")["count"]
         rates = {g: 1 - column(run.history, f"{split}_group_{g}_acc") for g in run.labels}
-        for group, rate in rates.items():
-            curve(column_axes[0], epochs, rate, group_style(group), run.labels[group])
-        errors = {g: np.nan_to_num(rate) * counts.get(g, 0) for g, rate in rates.items()}
-        total = sum(errors.values())
-        total = np.where(total > 0, total, np.nan)
-        if len(axes) == 1 or np.isnan(total).all():
-            continue
-        base = np.zeros(len(epochs))
-        for group, values in errors.items():
-            top = base + np.nan_to_num(values / total)
-            fill = {"facecolor": group_style(group)["color"], "edgecolor": "white"}
-            fill["hatch"] = HATCHES[group % len(HATCHES)]
-            column_axes[1].stairs(top, edges, baseline=base, fill=True, linewidth=0, **fill)
-            base = top
+        for g, rate in rates.items():
+            curve(column_axes[0], epochs, rate, group_style(g), run.labels[g])
+        errors = np.array([np.nan_to_num(rate) * counts.get(g, 0) for g, rate in rates.items()])
+        tops = np.cumsum(errors, axis=0) / np.maximum(errors.sum(axis=0), 1e-12)
+        if len(axes) == 2 and errors.any():
+            for g, base, top in zip(rates, [np.zeros(len(epochs)), *tops], tops, strict=False):
+                fill = {"facecolor": group_style(g)["color"], "hatch": HATCHES[g % len(HATCHES)]}
+                fill |= {"fill": True, "edgecolor": "white", "linewidth": 0}
+                column_axes[1].stairs(top, edges, baseline=base, **fill)
     name_empty_groups(run, axes, splits)
     share_axis(axes[0], "error rate")
     if len(axes) == 2:
         share_axis(axes[1], "share of all errors")
     legend_below(figure, run.labels.values())
-    return finish_epochs(run, figure, axes, "Errors by group", epochs)
+    return finish(run, figure, axes, "Errors by group", epochs)
 
 
 def read_dfr(path: Path) -> dict:
     """The results of retraining, accuracies as floats; {} if the file is missing or empty."""
-    if not path.is_file() or not path.read_bytes().strip():
+    if not present(path):
         return {}
-    try:
+    with readable(path):
         result = json.loads(path.read_text(encoding="utf-8"))
         for time in ("before", "after"):
-            result[time] = {
-                split: {key: float("nan" if value is None else value) for key, value in row.items()}
-                for split, row in result[time].items()
-            }
-        points = [(float(p["c"]), float(p["worst_acc"])) for p in result.get("tuning") or []]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise PlotError(f"{path}: not the results of a DFR run: {problem}") from error
-    return result | {"tuning": sorted(points)}
+            rows = result[time].items()
+            result[time] = {split: pd.Series(row, dtype=float) for split, row in rows}
+        tuning = [(float(p["c"]), float(p["worst_acc"])) for p in result.get("tuning") or []]
+        return result | {"tuning": sorted(tuning)}
 
 
-def before_and_after(ax, run: Run, before: dict, after: dict) -> None:
+def before_and_after(ax, run: Run, before: pd.Series, after: pd.Series) -> None:
     """Two bars for every accuracy: pale and hatched before, full after."""
     bars = [("avg_acc", "average", GREY), ("adjusted_acc", "adjusted", GREY)]
     bars.append(("worst_acc", "worst\ngroup", GREY))
-    for group, label in run.labels.items():
-        bars.append((f"group_{group}_acc", label.replace(", ", ",\n"), group_style(group)["color"]))
-    shown = []
-    looks = ({"alpha": 0.45, "hatch": "////", "edgecolor": "white"}, {})
-    for key, label, colour in bars:
-        values = finite([before.get(key, np.nan), after.get(key, np.nan)])
-        if np.isnan(values).all():
-            continue
-        for offset, value, look in zip((-0.2, 0.2), values, looks, strict=True):
+    for g, label in run.labels.items():
+        bars.append((f"group_{g}_acc", label.replace(", ", ",\n"), group_style(g)["color"]))
+    table = pd.DataFrame({"before": before, "after": after}).dropna(how="all") * 100
+    bars = [bar for bar in bars if bar[0] in table.index]
+    for x, (key, _, colour) in enumerate(bars):
+        for offset, time in ((-0.2, "before"), (0.2, "after")):
+            value = table.loc[key, time]
             if np.isfinite(value):
-                x = len(shown) + offset
-                ax.bar(x, value, 0.38, facecolor=colour, **look)
-                ax.text(x, value + 0.01, f"{100 * value:.1f}", ha="center", fontsize=7)
-        shown.append(label)
-    ax.set_xticks(range(len(shown)), shown)
-    ax.set(ylabel="accuracy (bars: %)", ylim=(0, 1.1), yticks=np.linspace(0, 1, 6))
+                ax.bar(x + offset, value, 0.38, facecolor=colour, **BAR_LOOKS[time])
+                ax.text(x + offset, value + 1, f"{value:.1f}", ha="center", fontsize=7)
+    ax.set_xticks(range(len(bars)), [label for _, label, _ in bars])
+    ax.set(ylabel="accuracy (%)", ylim=(0, 110), yticks=range(0, 101, 20))
     ax.grid(False, axis="x")
 
 
@@ -649,8 +620,7 @@ def dfr(run: Run) -> Figure | None:
         ax.set_title(SPLIT_TITLES[split])
     if points:
         tuning_curve(figure.add_subplot(grid[0, 1]), points, result.get("c"))
-    looks = {"before": {"alpha": 0.45, "hatch": "////", "edgecolor": "white"}, "after": {}}
-    handles = [Patch(facecolor=GREY, label=label, **look) for label, look in looks.items()]
+    handles = [Patch(facecolor=GREY, label=time, **look) for time, look in BAR_LOOKS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     settings = [f"{key} {result[key]}" for key in ("split_strategy", "reg", "c") if key in result]
     subject = f"DFR of {result.get('target_layer', 'the last layer')} ({', '.join(settings)})"
@@ -661,47 +631,47 @@ def dfr(run: Run) -> Figure | None:
 def samples(run: Run) -> Figure | None:
     """Training pictures, one row a group."""
     path = run.folder / "samples.npz"
-    if not path.is_file():
+    if not present(path):
         return None
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            pictures, members = arrays["pictures"], arrays["group"]
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise PlotError(f"{path}: not readable sample pictures: {error}") from error
-    present = [group for group in run.labels if (members == group).any()]
-    if not present:
+    with readable(path), np.load(path, allow_pickle=False) as arrays:
+        pictures, members = arrays["pictures"], arrays["group"]
+    shown = [g for g in run.labels if (members == g).any()]
+    if not shown:
         return None
-    width = min(PICTURES_PER_GROUP, max(int((members == group).sum()) for group in present))
-    figure = Figure(figsize=(1.5 + 0.75 * width, 0.5 + 0.8 * len(present)), layout="constrained")
-    axes = figure.subplots(len(present), width, squeeze=False)
-    for row, group in zip(axes, present, strict=True):
+    width = min(PICTURES_PER_GROUP, max(int((members == g).sum()) for g in shown))
+    figure = Figure(figsize=(1.5 + 0.75 * width, 0.5 + 0.8 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), width, squeeze=False)
+    for row, g in zip(axes, shown, strict=True):
         for ax in row:
             ax.set_axis_off()
-        for ax, picture in zip(row, pictures[members == group], strict=False):
+        for ax, picture in zip(row, pictures[members == g], strict=False):
             picture = np.clip(np.nan_to_num(picture), 0, 1)
-            shown = picture[..., 0] if picture.shape[-1] == 1 else picture
-            ax.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            picture = picture[..., 0] if picture.shape[-1] == 1 else picture
+            ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         # Hidden axes have no label: text beside the first picture stands in for it.
-        label = run.labels[group].replace(", ", ",\n")
         place = {"ha": "right", "va": "center", "transform": row[0].transAxes}
-        row[0].text(-0.12, 0.5, label, **place)
+        row[0].text(-0.12, 0.5, run.labels[g].replace(", ", ",\n"), **place)
     figure.suptitle(title(run, "Samples"))
     return figure
 
 
-FIGURES = {
-    "training_history": training_history,
-    "group_curves": group_curves,
-    "gaps": gaps,
-    "gradient_basis": gradient_basis,
-    "gap_dynamics_factors": gap_dynamics_factors,
-    "static_dynamic_decomposition": static_dynamic_decomposition,
-    "jacobian_norm": jacobian_norm,
-    "model_output_expectation": model_output_expectation,
-    "misclassification": misclassification,
-    "dfr": dfr,
-    "samples": samples,
-}
+# An analysis and its figure have the same name.
+ANALYSIS_FIGURES = (
+    gradient_basis,
+    gap_dynamics_factors,
+    static_dynamic_decomposition,
+    jacobian_norm,
+    model_output_expectation,
+)
+HISTORY_FIGURES = (training_history, group_curves, gaps, misclassification)
+FIGURES = {make.__name__: make for make in (*HISTORY_FIGURES, *ANALYSIS_FIGURES, dfr, samples)}
+
+
+def has_rows(run: Run, make) -> bool:
+    """Whether the table of a figure has rows; `dfr` and `samples` look for their own files."""
+    if make in HISTORY_FIGURES:
+        return len(run.history) > 0 and len(history_splits(run)) > 0
+    return make not in ANALYSIS_FIGURES or len(analysis_splits(run, make.__name__)) > 0
 
 
 def save(figure: Figure, path: Path, file_format: str) -> None:
@@ -730,7 +700,7 @@ def draw(folder, file_format: str | None = None) -> list[Path]:
     paths = []
     with matplotlib.rc_context(RC):
         for name, make in FIGURES.items():
-            figure = make(run)
+            figure = make(run) if has_rows(run, make) else None
             if figure is not None:
                 paths.append(plots / f"{name}.{file_format}")
                 save(figure, paths[-1], file_format)

@@ -69,7 +69,7 @@ def _read_cache(path: Path) -> Digits | None:
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             digits = Digits(arrays["images"], arrays["labels"])
         _check(digits)
         counts = np.bincount(digits.labels, minlength=10)

@@ -84,7 +84,7 @@ def analysis(epochs, empty=(), every=1):
                     "term3": nan * 0.8 * decay * np.cos(epoch / 8) * scale,
                 }
                 total = sum(terms.values())
-                measured = np.nan if split == "test" or epoch == epochs else 0.97 * total
+                measured = np.nan if split == "test" or epoch == epochs else 0.97 * 0.4 * total
                 terms |= {"total": total, "method_total": 0.4 * total, "measured": measured}
                 add(epoch, split, "gap_dynamics_factors", pair, **terms)
                 parts = {"TermA": 0.5 * decay, "TermB": -0.2 * decay, "TermC": 0.1 * (1 - decay)}
