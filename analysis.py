@@ -31,7 +31,7 @@ SIDES = ("train", "test")
 ROWS = 8  # rows of K per side: four ∇_g, then four m_g
 Y = np.array([y for y, _ in groups.GROUPS], dtype=float)
 A = np.array([a for _, a in groups.GROUPS], dtype=float)
-COLUMNS = 1 << 16  # of V at a time, for the products in float64
+COLUMNS = 1 << 13  # of V at a time for the products in float64: what fits into the cache
 
 
 def labels() -> list[str]:
@@ -119,12 +119,11 @@ class _SliceSums:
         self.weight = torch.zeros(*shape, count, layer.weight.shape[1], **options)
         self.bias = None if layer.bias is None else torch.zeros(*shape, count, **options)
 
-    def add(self, side: int, group: int, h, weighted) -> None:
-        """Add a batch of one group: h (B, inputs), weighted (B, kinds, units)."""
-        inputs = h.shape[1]
-        self.weight[side, group].view(-1, inputs).addmm_(weighted.flatten(1).t(), h)
+    def add(self, side: int, group: int, kind: int, s, h) -> None:
+        """Add Σ s_i h_iᵀ over a batch of one group: s (B, units), h (B, inputs)."""
+        self.weight[side, group, kind].addmm_(s.t(), h)
         if self.bias is not None:
-            self.bias[side, group] += weighted.sum(0)
+            self.bias[side, group, kind] += s.sum(0)
 
     def gram(self) -> np.ndarray:
         """This slice's share of K before the division by group sizes, in float64."""
@@ -164,11 +163,11 @@ def _accumulate(model, split: Split, parts, loss: Loss, kinds, batch_size: int, 
             collected.append(f)
             derivative = loss.derivative(f, split.y[batch])[:, None]
             for layer, s in zip(wanted, sensitivities):
-                for part in parts:
-                    if part.layer is layer:
-                        own = s[:, part.units]
-                        rows = [own * derivative if kind == GRADIENT else own for kind in kinds]
-                        part.add(side_index, group, inputs[layer], torch.stack(rows, dim=1))
+                for k, kind in enumerate(kinds):
+                    weighted = s * derivative if kind == GRADIENT else s
+                    for part in parts:
+                        if part.layer is layer:
+                            part.add(side_index, group, k, weighted[:, part.units], inputs[layer])
         return torch.cat(collected)
     finally:
         for hook in hooks:

@@ -1,0 +1,1 @@
+"""Speed and memory against naive twins, in one process, printed as ratios."""
