@@ -216,9 +216,9 @@ class Config(Section):
     dfr_reg: Literal["l1", "l2", "none"] = key("l1", "penalty of the logistic regression")
     dfr_c_options: Annotated[
         list[Annotated[float, Field(gt=0, le=1e12)]], Field(min_length=1, max_length=1000)
-    ] = key([1.0, 0.7, 0.3, 0.1, 0.07, 0.03, 0.01], "inverse penalties to choose from")
+    ] = key([1.0, 0.7, 0.3], "inverse penalties to choose from; large sets bear smaller ones, too")
     dfr_num_retrains: Annotated[int, Field(ge=1, le=10_000)] = key(
-        10, "fits on fresh balanced subsets, averaged"
+        20, "fits on fresh balanced subsets, averaged"
     )
     dfr_num_workers: Annotated[int, Field(ge=1, le=1024)] | None = key(
         None, "processes for the fits; null = one a core"
