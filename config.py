@@ -368,10 +368,12 @@ ANALYSES = (
 
 
 def _without_effect(config: Config, given: set[str]) -> list[str]:
+    """One entry a reason. A key at its default, as in a file that lists all keys, tells nothing."""
     lines = []
     for counts, reason, keys in EFFECT:
-        if not counts(config):
-            lines += [f"{name} ({reason})" for name in keys if name in given]
+        idle = [name for name in keys if name in given and _changed(config, name)]
+        if idle and not counts(config):
+            lines.append(f"{', '.join(idle)} ({reason})")
     for analysis in ANALYSES:
         name = f"{analysis}_analysis_epochs"
         late = [epoch for epoch in getattr(config, name) or [] if epoch > config.epochs]
@@ -379,6 +381,10 @@ def _without_effect(config: Config, given: set[str]) -> list[str]:
             shown = ", ".join(map(str, late[:5])) + (", …" if len(late) > 5 else "")
             lines.append(f"{name}: {shown} (beyond epochs = {config.epochs})")
     return lines
+
+
+def _changed(config: Config, name: str) -> bool:
+    return getattr(config, name) != Config.model_fields[name].default
 
 
 class _Loader(yaml.SafeLoader):

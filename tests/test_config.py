@@ -225,7 +225,7 @@ def test_keys_without_effect_are_told_once_and_never_refused():
         {
             "debias_method": "IW_uniform",
             "dro_eta_q": 0.5,
-            "train_batch_size": 64,
+            "train_batch_size": 32,
             "epochs": 5,
             "gradient_basis_analysis_epochs": [0, 5, 6, 90],
             "feature_extractor_model_name": "ResNet50",
@@ -238,6 +238,7 @@ def test_keys_without_effect_are_told_once_and_never_refused():
         "gradient_basis_analysis_epochs: 6, 90 (beyond epochs = 5)",
     )
     assert validate({"dro_eta_q": 0.5, "debias_method": "GroupDRO"}).ignored == ()
+    assert load_config(ROOT / "config.yaml").ignored == ()
 
 
 def test_resolved_configuration_reads_back():
