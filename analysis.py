@@ -155,9 +155,10 @@ def _accumulate(model, split: Split, parts, loss: Loss, kinds, batch_size: int, 
     hooks = [layer.register_forward_hook(remember) for layer in wanted]
     try:
         collected = []
-        for group, batch in metrics.group_batches(split, batch_size):
+        plan = metrics.group_batches(split, batch_size)
+        for group, batch, x in metrics.batches(split, plan):
             with torch.enable_grad():
-                f = model(split.inputs[batch])
+                f = model(x)
                 sensitivities = torch.autograd.grad(f.sum(), [outputs[layer] for layer in wanted])
             f = f.detach()
             collected.append(f)
@@ -336,7 +337,7 @@ def capped(split: Split, samples: int | None, seed: int) -> Split:
         chosen.append(part.start + order[:samples].sort().values)
     index = torch.cat(chosen).to(split.y.device)
     counts = [len(indices) for indices in chosen]
-    return Split(split.inputs[index], split.y[index], split.a[index], counts)
+    return split.subset(index, counts)
 
 
 @dataclass

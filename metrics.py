@@ -36,18 +36,36 @@ def float64(values: torch.Tensor) -> torch.Tensor:
 def group_batches(split, batch_size: int):
     """Yields (group, slice): the split in batches of one group each, in the split's order.
 
-    Evaluation and analyses share these batches, so that they see the very same outputs.
+    Evaluation and analyses share these batches, so that they see the very same outputs. Pictures
+    have a limit of their own on a batch, for the memory's sake.
     """
+    batch_size = min(batch_size, getattr(split.inputs, "max_batch", batch_size))
     for group, part in enumerate(split.slices):
         for start in range(part.start, part.stop, batch_size):
             yield group, slice(start, min(start + batch_size, part.stop))
+
+
+def batches(split, plan):
+    """Yields (tag, index, inputs[index]) for a list of pairs (tag, index), in order.
+
+    The way to iterate over a split: pictures are decoded ahead of use.
+    """
+    plan = list(plan)
+    inputs, indices = split.inputs, [index for _, index in plan]
+    if isinstance(inputs, torch.Tensor):
+        loaded = (inputs[index] for index in indices)
+    else:
+        loaded = inputs.batches(indices)
+    for (tag, index), x in zip(plan, loaded):
+        yield tag, index, x
 
 
 @torch.no_grad()
 def outputs(model, split, batch_size: int) -> torch.Tensor:
     """Outputs f (N,) of a network in evaluation mode, at most `batch_size` samples at a time."""
     model.eval()
-    return torch.cat([model(split.inputs[b]) for _, b in group_batches(split, batch_size)])
+    plan = group_batches(split, batch_size)
+    return torch.cat([model(x) for _, _, x in batches(split, plan)])
 
 
 def group_means(values: torch.Tensor, slices) -> list[float]:

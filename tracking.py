@@ -28,9 +28,12 @@ from config import Config, UserError
 log = logging.getLogger(f"spurious.{__name__}")
 
 ANALYSIS_COLUMNS = ("epoch", "split", "analysis", "pair", "quantity", "value")
-COUNT_COLUMNS = ("split", "group", "y", "a", "name", "count", "share")
+COUNT_COLUMNS = ("split", "group", "y", "a", "name", "count", "share", "skipped")
 TIMING_COLUMNS = ("phase", "epoch", "seconds")
-PACKAGES = ("torch", "torchvision", "numpy", "pandas", "matplotlib", "scikit-learn", "wandb")
+PACKAGES = (
+    "torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "pandas", "matplotlib",
+    "scikit-learn", "wandb",
+)  # fmt: skip
 WANDB_TIMEOUT = 5  # seconds; wandb's own without a network is over 90
 
 
@@ -162,11 +165,11 @@ class Run:
                 self.trackers.remove(tracker)
 
 
-def start(config: Config, device: str, command: list[str]) -> Run:
+def start(config: Config, device: str, command: list[str], features: dict | None = None) -> Run:
     """A new results folder `<experiment_name>_<time>`, never an existing one.
 
-    It appears by a rename with `config_used.yaml` and `environment.json` inside. Raises
-    `UserError` when it cannot be made.
+    It appears by a rename with `config_used.yaml` and `environment.json` inside. features: what
+    the feature extractor tells of itself. Raises `UserError` when it cannot be made.
     """
     results = Path(config.results_dir)
     try:
@@ -174,7 +177,7 @@ def start(config: Config, device: str, command: list[str]) -> Run:
         fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=results))
         fresh.chmod(0o755)
         files.write_text(fresh / "config_used.yaml", config_yaml(config))
-        facts = environment(config, device, command)
+        facts = environment(config, device, command) | {"features": features}
         files.write_text(fresh / "environment.json", json.dumps(facts, indent=2) + "\n")
         folder = _rename_to_unique(fresh, results / f"{config.experiment_name}_{_now()}")
     except OSError as error:

@@ -51,9 +51,9 @@ def minibatch_epoch(model, optimizer, split: Split, loss, batch_size: int, seed:
     model.train()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(split), generator=generator).to(split.y.device)
-    for index in order.split(batch_size):
+    for _, index, x in metrics.batches(split, enumerate(order.split(batch_size))):
         optimizer.zero_grad()
-        loss.value(model(split.inputs[index]), split.y[index]).mean().backward()
+        loss.value(model(x), split.y[index]).mean().backward()
         optimizer.step()
 
 
@@ -61,10 +61,10 @@ def full_batch_step(model, optimizer, split: Split, loss, weights, batch_size: i
     """One step along -Σ w_g ∇R_g over the whole split, `batch_size` samples in memory at once."""
     model.train()
     optimizer.zero_grad()
-    for g, batch in metrics.group_batches(split, batch_size):
-        if weights[g]:
-            losses = loss.value(model(split.inputs[batch]), split.y[batch])
-            (losses.sum() * (weights[g] / split.counts[g])).backward()
+    plan = [(g, batch) for g, batch in metrics.group_batches(split, batch_size) if weights[g]]
+    for g, batch, x in metrics.batches(split, plan):
+        losses = loss.value(model(x), split.y[batch])
+        (losses.sum() * (weights[g] / split.counts[g])).backward()
     optimizer.step()
 
 

@@ -1,0 +1,522 @@
+"""Features of pictures, written once to a cache; extraction without training.
+
+    python feature_extractor.py [--config FILE] [key=value ...]     extract
+    python feature_extractor.py --list                              what is in the cache
+    python feature_extractor.py --prune [all]                       remove leftovers, or all
+    torchrun --nproc_per_node=N feature_extractor.py --config FILE  share the work
+
+Ranks of torchrun share the cache folder, so several machines need it on a common file system.
+While a file is made, its finished shards of `SHARD` pictures are kept, so that an interrupted
+extraction goes on where it stopped, with the same result.
+"""
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import backbones
+import feature_cache
+import files
+from backbones import SIDE
+from command import Parser, console_log, exit_code, termination_as_exception
+from config import Config, ConfigError, DataError, UserError, load_config
+from data_loader import Splits
+
+log = logging.getLogger(f"spurious.{__name__}")
+
+FORMAT = 1  # part of the key: raise it when the same key comes to mean other features
+SHARD = 512  # pictures; part of nothing, but shards of another size are not taken up again
+PLAIN_SECONDS = 30  # between progress lines where there is no terminal
+
+
+class TensorPictures:
+    """Pictures (N, C, H, W) in [0, 1] in memory, C = 1 or 3, as RGB of 224 × 224 pixels.
+
+    Resized bilinearly and rounded to 8 bits, like pictures from files.
+    """
+
+    def __init__(self, pictures: torch.Tensor):
+        if len(pictures) and not 0 <= pictures.min() <= pictures.max() <= 1:
+            raise ValueError("pictures outside [0, 1]")
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        pixels = self.pictures.contiguous().numpy()
+        digest = hashlib.sha256(memoryview(pixels).cast("B")).hexdigest()
+        return f"tensor {tuple(pixels.shape)} {digest}, bilinear to {SIDE}"
+
+    def decode_uint8(self, i: int) -> torch.Tensor:
+        """Picture i, (3, 224, 224) uint8."""
+        picture = F.interpolate(
+            self.pictures[i : i + 1], (SIDE, SIDE), mode="bilinear", antialias=True
+        )
+        return (picture[0] * 255).round_().clamp_(0, 255).byte().expand(3, -1, -1)
+
+
+class Extractor:
+    """The configured backbone and the cache of its features.
+
+    Made before any picture is read. Raises `ConfigError` for a model, block or layer that there is
+    not, `DataError` when weights are missing or the cache folder cannot be used. facts: what was
+    used, as plain data.
+    """
+
+    def __init__(self, config: Config, device: str = "cpu"):
+        self.config, self.device = config, device
+        self.folder = Path(config.features_cache_dir)
+        self.spec = backbones.resolve(config)
+        self.precision = backbones.choose_precision(config, device)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(self.folder, error) from None
+        with _first_rank_of_machine_first():
+            self.weights = backbones.find_weights(config, self.spec)
+        self.weights_id = _weights_id(self.folder, self.weights, self.spec, config.seed)
+        self.facts = {
+            "model": self.spec.name,
+            "architecture": self.spec.architecture,
+            "layer": self.spec.layer,
+            "precision": self.precision,
+            "weights": self.weights_id,
+            "weights_file": None if self.weights is None else str(self.weights),
+            "files": {},
+        }
+
+    def extract(self, splits: Splits) -> Splits:
+        """The splits with features (N, d) float32 as inputs, on the CPU.
+
+        Inputs are tensors of pictures in [0, 1], or objects with `decode_uint8(i)` → (3, 224, 224)
+        uint8, `len` and `identity`, a text that changes with the pictures. Features come from the
+        cache where they are there, else they are computed and kept.
+        """
+        extracted = {}
+        for name, split in splits.named().items():
+            features = self.features(name, split.inputs)
+            if self.config.normalize_inputs:
+                features = F.normalize(features)
+            # A split's own type, so that whatever else it holds goes along.
+            extracted[name] = dataclasses.replace(split, inputs=features)
+        return dataclasses.replace(splits, **extracted)
+
+    @functools.cached_property
+    def backbone(self) -> backbones.Backbone:
+        log.info(
+            "Backbone %s, %s, %s on %s",
+            self.spec.name, self.spec.layer, self.precision, self.device,
+        )  # fmt: skip
+        return backbones.build(self.config, self.spec, self.weights, self.device)
+
+    def features(self, split: str, pictures) -> torch.Tensor:
+        """Features (N, d) float32 of these pictures, mapped from the cache file."""
+        if isinstance(pictures, torch.Tensor):
+            pictures = TensorPictures(pictures)
+        key = json.dumps(
+            {
+                "format": FORMAT,
+                "dataset": self.config.dataset_name,
+                "pictures": pictures.identity,
+                "number": len(pictures),
+                "transform": {"side": SIDE, "mean": self.spec.mean, "std": self.spec.std},
+                "model": self.spec.architecture,
+                "layer": self.spec.layer,
+                "weights": self.weights_id,
+                "precision": self.precision,
+            },
+            sort_keys=True,
+        )
+        entry = _Entry(self, split, key, pictures)
+        try:
+            features = entry.get()
+        except OSError as error:
+            raise _unwritable(self.folder, error) from None
+        self.facts["files"][split] = entry.path.name
+        return features
+
+
+class _Entry:
+    """The features of one split: in the cache, or to be made."""
+
+    def __init__(self, job: Extractor, split: str, key: str, pictures):
+        self.job, self.split, self.key, self.pictures = job, split, key, pictures
+        self.digest = hashlib.sha256(key.encode()).hexdigest()[: feature_cache.HASH_LENGTH]
+        model = job.spec.name.replace(":", "-")
+        stem = f"{job.config.dataset_name}_{split}_{model}_{job.spec.layer}_{self.digest}"
+        self.path = job.folder / f"{stem}.safetensors"
+        # Splits of the same pictures (val and dfr) have the same features: one file does.
+        twins = sorted(job.folder.glob(f"*_{self.digest}.safetensors"))
+        if twins and self.path not in twins:
+            self.path = twins[0]
+        self.parts = self.path.with_suffix(".parts")
+
+    def get(self) -> torch.Tensor:
+        """The features, made if need be; the ranks of a group of processes share the work."""
+        first, world = _rank() == 0, _world()
+        with (
+            feature_cache.locked(self.job.folder / f"{self.digest}.lock")
+            if first
+            else nullcontext()
+        ):
+            todo = self._todo() if first else None
+            todo = _from_first(todo)
+            if todo:
+                log.info(
+                    "Extracting %s: %d pictures, %d of %d shards to do",
+                    self.split, len(self.pictures), len(todo), self._shards(),
+                )  # fmt: skip
+                self._extract(todo[_rank() :: world])
+                _barrier()
+            if first and todo is not None:
+                self._merge()
+            _barrier()
+        return feature_cache.read(self.path, self.key, verify=todo is not None or not first)
+
+    def _shards(self) -> int:
+        return math.ceil(len(self.pictures) / SHARD)
+
+    def _todo(self) -> list[int] | None:
+        """Numbers of the shards that have to be made, None if the whole file is there."""
+        if self.path.exists():
+            try:
+                feature_cache.read(self.path, self.key)
+            except feature_cache.Damaged as error:
+                log.warning("%s is damaged (%s): made again", self.path, error)
+            else:
+                log.info("Features from %s", self.path)
+                return None
+        missing = []
+        for shard in range(self._shards()):
+            try:
+                feature_cache.read(self._part(shard), self._part_key(shard))
+            except FileNotFoundError:
+                missing.append(shard)
+            except feature_cache.Damaged as error:
+                log.warning("%s is not taken up (%s): made again", self._part(shard), error)
+                missing.append(shard)
+        return missing
+
+    def _part(self, shard: int) -> Path:
+        return self.parts / f"{shard:06d}.safetensors"
+
+    def _part_key(self, shard: int) -> str:
+        # Shards are mixed only if they were made alike, to the last bit.
+        config = self.job.config
+        alike = {
+            "of": self.digest,
+            "shard": shard,
+            "of_size": SHARD,
+            "batch_size": config.feature_extractor_batch_size,
+            "device": torch.device(self.job.device).type,
+        }
+        return json.dumps(alike, sort_keys=True)
+
+    def _extract(self, shards: list[int]) -> None:
+        """Compute these shards and write each as it is complete."""
+        backbone, done = self.job.backbone, []
+        self.parts.mkdir(exist_ok=True)
+        batches = []
+        for shard in shards:
+            indices = range(shard * SHARD, min((shard + 1) * SHARD, len(self.pictures)))
+            size = self.job.config.feature_extractor_batch_size
+            batches += [(shard, indices[i : i + size]) for i in range(0, len(indices), size)]
+        total = sum(len(indices) for _, indices in batches)
+        with _Progress(f"{self.split} features", total) as progress:
+            decoded = _decoded(
+                self.pictures, [b for _, b in batches], self.job.config, backbone.device
+            )
+            for i, ((shard, indices), pictures) in enumerate(zip(batches, decoded)):
+                done.append(backbone(pictures))
+                if i + 1 == len(batches) or batches[i + 1][0] != shard:
+                    features = torch.cat(done).cpu()
+                    done = []
+                    feature_cache.write(
+                        self._part(shard), [features], {"key": self._part_key(shard)}
+                    )
+                progress.advance(len(indices))
+
+    def _merge(self) -> None:
+        """Write the cache file from its shards, one at a time, and remove them."""
+
+        def shards():
+            for shard in range(self._shards()):
+                yield feature_cache.read(self._part(shard), self._part_key(shard))
+
+        spec = self.job.spec
+        shown = {
+            "dataset": self.job.config.dataset_name,
+            "split": self.split,
+            "model": spec.name,
+            "layer": spec.layer,
+            "key": self.key,
+        }
+        feature_cache.write(self.path, shards, shown)
+        shutil.rmtree(self.parts)
+        log.info("Features kept in %s", self.path)
+
+
+def _unwritable(folder: Path, error: OSError) -> DataError:
+    return DataError(f"features_cache_dir: {folder} cannot be used, {error.strerror or error}")
+
+
+def _weights_id(folder: Path, path: Path | None, spec: backbones.Spec, seed: int) -> str:
+    """What stands for the weights in the key: the file's SHA-256, or the seed of random ones.
+
+    Hashing gigabytes takes seconds, so hashes are kept by path, size and time of change.
+    """
+    if path is None:
+        return f"random-{seed}"
+    path = path.resolve()
+    stat = path.stat()
+    fingerprint = [stat.st_size, stat.st_mtime_ns]
+    kept = folder / feature_cache.WEIGHT_HASHES
+    try:
+        known = json.loads(kept.read_text(encoding="utf-8"))
+        if known[str(path)][:2] == fingerprint:
+            return known[str(path)][2]
+    except FileNotFoundError:
+        known = {}
+    except KeyError:
+        pass
+    except (ValueError, TypeError) as error:
+        log.warning("%s is damaged (%s): made again", kept, error)
+        known = {}
+    digest = backbones.file_hash(path)
+    if os.access(folder, os.W_OK):
+        files.write_text(kept, json.dumps(known | {str(path): [*fingerprint, digest]}, indent=1))
+    return digest
+
+
+class _Decoding:
+    """Pictures as a data set of torch, whose items are pictures or what is wrong with them."""
+
+    def __init__(self, pictures):
+        self.pictures = pictures
+
+    def __getitem__(self, i: int):
+        try:
+            return torch.as_tensor(self.pictures.decode_uint8(i))
+        except UserError as error:
+            # Raised in a worker, it would come back as another kind, with a traceback in it.
+            return error
+
+
+def _collate(items):
+    problems = [item for item in items if isinstance(item, UserError)]
+    return problems[0] if problems else torch.stack(items)
+
+
+def _leave_signals_to_main(_) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _decoded(pictures, batches, config: Config, device: torch.device):
+    """Yields (B, 3, 224, 224) uint8 for every list of indices, decoded ahead in processes."""
+    workers = config.num_workers
+    if workers is None:
+        usable = getattr(os, "sched_getaffinity", None)
+        cores = len(usable(0)) if usable else os.cpu_count() or 1
+        workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    loader = DataLoader(
+        _Decoding(pictures),
+        batch_sampler=batches,
+        num_workers=min(workers, len(batches)),
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_main,
+        generator=torch.Generator(),  # its own: torch's stays as it was, cached features or not
+    )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _rank() -> int:
+    return dist.get_rank() if _grouped() else 0
+
+
+def _world() -> int:
+    return dist.get_world_size() if _grouped() else 1
+
+
+def _barrier() -> None:
+    if _grouped():
+        dist.barrier()
+
+
+def _from_first(value):
+    """The value that the first rank has."""
+    values = [value]
+    if _grouped():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+@contextmanager
+def _first_rank_of_machine_first():
+    """What is fetched into a machine's own cache is fetched by one process."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        _barrier()
+    yield
+    if first:
+        _barrier()
+
+
+class _Progress:
+    """Pictures a second and time left: a live bar on a terminal, plain log lines elsewhere."""
+
+    def __init__(self, what: str, total: int):
+        self.what, self.total, self.live = what, total, sys.stderr.isatty()
+
+    def __enter__(self):
+        self.start = self.said = time.perf_counter()
+        self.redirect = (
+            logging_redirect_tqdm(loggers=[logging.getLogger("spurious")])
+            if self.live
+            else nullcontext()
+        )
+        self.redirect.__enter__()
+        self.bar = tqdm(
+            total=self.total,
+            desc=self.what,
+            unit=" pictures",
+            disable=not self.live or _rank() > 0,
+            dynamic_ncols=True,
+        )
+        self.done = 0
+        return self
+
+    def __exit__(self, *exception):
+        self.bar.close()
+        self.redirect.__exit__(*exception)
+
+    def advance(self, pictures: int) -> None:
+        self.bar.update(pictures)
+        self.done += pictures
+        now = time.perf_counter()
+        if now - self.said > PLAIN_SECONDS or self.done == self.total:
+            self.said = now
+            rate = self.done / (now - self.start)
+            log.log(
+                logging.DEBUG if self.live else logging.INFO,
+                "%s: %d of %d pictures, %.1f a second, %.0f s left",
+                self.what, self.done, self.total, rate, (self.total - self.done) / rate,
+            )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Extract, list or prune from command-line arguments; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+
+    def extraction() -> None:
+        arguments = _parser().parse_args(argv)
+        if "=" in (arguments.prune or ""):  # `--prune key=value` is an override
+            arguments.overrides.insert(0, arguments.prune)
+            arguments.prune = "leftovers"
+        if arguments.prune not in (None, "leftovers", "all"):
+            raise ConfigError(
+                f"--prune: given {arguments.prune!r}; allowed: nothing (leftovers), all"
+            )
+        overrides = arguments.overrides
+        if not any(text.startswith("use_feature_extractor=") for text in overrides):
+            overrides = [*overrides, "use_feature_extractor=true"]
+        config = load_config(arguments.config, overrides)
+        folder = Path(config.features_cache_dir)
+        if arguments.list or arguments.prune:
+            try:
+                lines = (
+                    feature_cache.listing(folder)
+                    if arguments.list
+                    else feature_cache.prune(folder, arguments.prune == "all")
+                    or ["nothing to remove"]
+                )
+            except OSError as error:
+                raise _unwritable(folder, error) from None
+            print("\n".join(lines))
+            return
+        if not config.use_feature_extractor:
+            raise ConfigError(
+                "use_feature_extractor: given false; allowed to extract features: true"
+            )
+        with console_log(), termination_as_exception(), _process_group():
+            _run(config)
+
+    return exit_code(extraction)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python feature_extractor.py",
+        description="Extract features of pictures into the cache, without training.",
+    )
+    parser.add_config_arguments()
+    parser.add_argument("--list", action="store_true", help="show what is in the cache")
+    parser.add_argument(
+        "--prune",
+        nargs="?",
+        const="leftovers",
+        metavar="all",
+        help="remove damaged files and what interrupted runs left; all = everything",
+    )
+    return parser
+
+
+def _run(config: Config) -> None:
+    import data_loader
+    import model
+
+    device = model.choose_device(config.device)
+    if device == "cuda" and _world() > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    extractor = Extractor(config, device)
+    extractor.extract(data_loader.load(config))
+    for name, file in extractor.facts["files"].items():
+        log.info("%-5s %s", name, file)
+
+
+@contextmanager
+def _process_group():
+    """The group of processes that torchrun started, or none."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    # Only texts and barriers go through it, so gloo does for GPUs too; a rank may wait for long.
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    if _rank() > 0:  # what all ranks would say is said once
+        logging.getLogger("spurious").setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

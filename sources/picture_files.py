@@ -1,0 +1,197 @@
+"""Picture files in a zip archive or a folder: opened safely, read and decoded one at a time.
+
+Archives are read in place. Nothing is ever unpacked, so there is nothing that a killed run could
+leave half done, no disk to run out of, and no member that could land outside a folder; reading a
+picture from the archive is as fast as from a file of its own. Both kinds of storage keep no file
+open: they can be used from any number of threads, and pickled or forked into other processes.
+"""
+
+import functools
+import hashlib
+import io
+import re
+import stat
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from config import DataError
+
+SIDE = 224
+MAX_FILE_BYTES = 64 * 2**20
+MAX_PIXELS = 50_000_000  # of one picture; PIL warns at 90 million, and decodes
+MAX_MEMBERS = 1_000_000
+FORMATS = ("JPEG", "PNG")  # PIL reads many more, some by starting other programs
+LISTED = 10  # problems in one message
+
+
+class Damaged(Exception):
+    """What a file holds is not usable; the text says why."""
+
+
+class BadPicture(DataError):
+    """One picture is not readable; the text names the file and its row of the metadata."""
+
+
+def decode(data: bytes) -> np.ndarray:
+    """A picture as RGB, resized to (3, 224, 224) uint8 (bilinear, antialiased).
+
+    Raises `Damaged` for what is not a picture, is cut off, or has more than `MAX_PIXELS`.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise Damaged(f"{width}×{height} pixels; allowed: up to {MAX_PIXELS} in all")
+            # Not with Image.draft: scaling inside the JPEG decoder changes pixels by up to 50.
+            resized = picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+    except (Damaged, MemoryError):
+        raise
+    except Exception as error:  # PIL lets errors of many kinds out for damaged files
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = f"none of {', '.join(FORMATS)}" if unknown else error
+        raise Damaged(f"not a readable picture ({reason})") from None
+    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+
+
+def leaves_folder(name: str) -> bool:
+    """Whether a relative file name would land outside its folder, on any system."""
+    parts = re.split(r"[/\\]", name)
+    return not name or parts[0] == "" or ":" in parts[0] or ".." in parts or "\0" in name
+
+
+def raise_problems(problems: list[str]) -> None:
+    """Raises `DataError` with the first few of the problems and the number of the others."""
+    if problems:
+        more = len(problems) - LISTED
+        raise DataError(*problems[:LISTED], *([f"… and {more} more"] if more > 0 else []))
+
+
+class _Member(NamedTuple):
+    offset: int
+    method: int
+    packed: int
+    size: int
+    crc: int
+
+
+class Archive:
+    """The members of a zip file.
+
+    Raises `DataError` when the file is damaged, or a member has an unsafe or repeated name, is a
+    link, is encrypted, is packed in another way than stored or deflated, or is larger than
+    `MAX_FILE_BYTES`, or when all together are larger than `max_bytes`.
+    """
+
+    def __init__(self, path: Path, max_bytes: int):
+        self.path = Path(path)
+        try:
+            self.size = self.path.stat().st_size
+            with zipfile.ZipFile(self.path) as file:
+                members = file.infolist()
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read, {error.strerror}") from None
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+            raise DataError(
+                f"{self.path}: damaged or not downloaded completely ({error}); download it again"
+            ) from None
+        self._check(members, max_bytes)
+        self._members = {
+            m.filename: _Member(
+                m.header_offset, m.compress_type, m.compress_size, m.file_size, m.CRC
+            )
+            for m in members
+            if not m.is_dir()
+        }
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Changes with the names, sizes and checksums of the members."""
+        listing = sorted((name, m.size, m.crc) for name, m in self._members.items())
+        return hashlib.sha256(repr(listing).encode()).hexdigest()
+
+    def _check(self, members: list[zipfile.ZipInfo], max_bytes: int) -> None:
+        problems, seen = [], set()
+        for m in members:
+            reason = None
+            if leaves_folder(m.filename):
+                reason = "a name that leads out of the folder"
+            elif m.filename in seen:
+                reason = "a name that is there twice"
+            elif stat.S_ISLNK(m.external_attr >> 16):
+                reason = "a symbolic link"
+            elif m.flag_bits & 0x1:
+                reason = "encrypted"
+            elif m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                reason = "packed in another way than stored or deflated"
+            elif m.file_size > MAX_FILE_BYTES:
+                reason = f"{m.file_size} bytes unpacked; allowed: up to {MAX_FILE_BYTES}"
+            if reason:
+                problems.append(f"{self.path}: not used, its member {m.filename!r}: {reason}")
+            seen.add(m.filename)
+        total = sum(m.file_size for m in members)
+        if total > max_bytes:
+            problems.append(
+                f"{self.path}: not used, {total} bytes unpacked; allowed: up to {max_bytes}"
+            )
+        if len(members) > MAX_MEMBERS:
+            problems.append(
+                f"{self.path}: not used, {len(members)} members; allowed: up to {MAX_MEMBERS}"
+            )
+        raise_problems(problems)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._members
+
+    def read(self, name: str) -> bytes:
+        """A member's bytes. Raises `Damaged` or, when the archive cannot be read, `DataError`."""
+        member = self._members[name]
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(member.offset)
+                header = file.read(30)
+                if len(header) < 30 or header[:4] != b"PK\3\4":
+                    raise Damaged("the archive has no member at its place")
+                file.seek(sum(struct.unpack("<HH", header[26:])), io.SEEK_CUR)
+                data = file.read(member.packed)
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot be read, {error.strerror}") from None
+        if member.method == zipfile.ZIP_DEFLATED:
+            try:
+                # Whatever the stream holds, no more than the stated size is unpacked.
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, member.size + 1)
+            except zlib.error as error:
+                raise Damaged(f"damaged in the archive ({error})") from None
+        if len(data) != member.size or zlib.crc32(data) != member.crc:
+            raise Damaged("damaged in the archive (wrong size or checksum)")
+        return data
+
+
+class Folder:
+    """The files below a folder."""
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    def __contains__(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def file_size(self, name: str) -> int:
+        """Bytes of a file."""
+        return (self.path / name).stat().st_size
+
+    def read(self, name: str) -> bytes:
+        """A file's bytes. Raises `Damaged` or, when it cannot be read, `DataError`."""
+        try:
+            with open(self.path / name, "rb") as file:
+                data = file.read(MAX_FILE_BYTES + 1)
+        except OSError as error:
+            raise DataError(f"{self.path / name}: cannot be read, {error.strerror}") from None
+        if len(data) > MAX_FILE_BYTES:
+            raise Damaged(f"too large; allowed: up to {MAX_FILE_BYTES} bytes")
+        return data
