@@ -186,10 +186,13 @@ def _rows(side: str, kind: int, weights) -> np.ndarray:
 def product(K: np.ndarray, u: np.ndarray, v: np.ndarray) -> float:
     """⟨Σ u_i V_i, Σ v_j V_j⟩ = uᵀ K v over the rows that have a weight.
 
-    Rows without a weight do not count even where K is NaN (empty groups); a weight on such a
-    row, or a weight that is NaN itself, makes the product NaN.
+    Rows without a weight do not count even where K is NaN (empty groups). A weight on such a row,
+    or a weight that is NaN itself, makes the product NaN, even with a combination that is zero.
     """
     i, j = np.flatnonzero(u), np.flatnonzero(v)
+    undefined = np.isnan([*u, *v, *K.diagonal()[i], *K.diagonal()[j]]).any()
+    if undefined:
+        return math.nan
     return float(u[i] @ K[np.ix_(i, j)] @ v[j])
 
 

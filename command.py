@@ -39,6 +39,10 @@ class Parser(argparse.ArgumentParser):
 
 def exit_code(command) -> int:
     """Runs a command; what the user can fix and interruptions become lines and exit codes."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal without Unicode gets escapes instead of a traceback.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         command()
     except UserError as error:

@@ -548,7 +548,8 @@ def _parse(text: str, where: str) -> Any:
         raise ConfigError(f"{where}{line}: {error.problem or error}") from None
     except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
         # PyYAML lets Python's own errors out for hostile or malformed documents.
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        nested = isinstance(error, RecursionError)
+        reason = "nested too deeply" if nested else " ".join(str(error).split())
         raise ConfigError(f"{where}: not readable as YAML ({reason})") from None
 
 
@@ -693,6 +694,8 @@ def _problem(error, document) -> tuple[str, str]:
         hint = _near(given.lower(), lower)
         for small, choice in lower.items():
             hint = hint.replace(f"mean {small}?", f"mean {choice}?")
+    if error["type"] == "string_type" and given is not None:
+        hint = f" (this is no text for YAML: put it in quotes, '{_show(given)}')"
     return full, f"{full}: given {_show(given)}; allowed: {_field_allowed(field)}{hint}"
 
 

@@ -21,14 +21,15 @@ log = logging.getLogger("spurious.main")
 def run(config: Config, command: list[str], early_log: MemoryHandler) -> None:
     """The pipeline. Raises `UserError` for what the user can fix."""
     # Imported here: `--help` and configuration errors need not wait for torch.
+    import model
+
+    device, extractor = model.choose_device(config.device), None
     import data_loader
     import dfr
-    import model
     import plotting
     import tracking
     import trainer
 
-    device, extractor = model.choose_device(config.device), None
     start = time.perf_counter()
     if config.use_feature_extractor:
         import feature_extractor  # with torchvision or timm, slow to import

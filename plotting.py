@@ -5,6 +5,7 @@ Reads only the tables in the run's folder and never a model.
 
 import argparse
 import json
+import math
 import sys
 import textwrap
 import zipfile
@@ -19,7 +20,7 @@ import pandas as pd
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 import files
 import groups
@@ -282,6 +283,7 @@ def gradient_basis(run: Run) -> Figure:
             curve(column_axes[1], table.index, values, style, f"{names[one]}, {names[two]}")
     rescale(axes[0], "norm", signed=False)
     cosine_axis(axes[1])
+    name_empty_groups(run, axes, splits)
     for row in axes:
         legend_beside(row)
     return finish(run, figure, axes, "Gradient basis", table.index)
@@ -301,25 +303,30 @@ def term_panels(run: Run, analysis: str, terms: dict, subject: str) -> Figure:
                 values = column(table, quantity)
                 # Under ERM the two totals are the same curve: the second would only hide the first.
                 same = np.allclose(values, total, rtol=1e-4, equal_nan=True)
-                if quantity != "method_total" or not same:
+                # What is measured on test is what the training gradient does: it has that panel.
+                elsewhere = quantity == "measured" and split == "test"
+                if not elsewhere and (quantity != "method_total" or not same):
                     curve(ax, table.index, values, style, label)
         names = pair_label(run, *pair.split("_vs_")) if "_vs_" in pair else pair
         rescale(row, f"{names}\nd(loss gap)/dt", signed=True)
         zero_line(row)
+    name_empty_groups(run, axes, splits)
     legend_below(figure, [label for label, _ in terms.values()])
     return finish(run, figure, axes, subject, rows.epoch)
 
 
 def gap_dynamics_factors(run: Run) -> Figure:
     """Time derivative of the loss gap, split by what causes it."""
+    # Open, large and on top: where theory holds the dots lie on the curve and still show.
     dots = {"color": GREY, "linestyle": "none", "marker": "o", "markerfacecolor": "none"}
+    dots |= {"markersize": 8, "zorder": 5}
     terms = {
-        "measured": ("measured: Δgap / learning rate", dots | {"markersize": 5.5}),
         "total": ("total (gradient flow)", STYLES[2] | {"linestyle": "-"}),
         "method_total": (f"total under {run.method}", STYLES[2] | {"markerfacecolor": "white"}),
         "term1": ("term 1: without bias", STYLES[1]),
         "term2": ("term 2: marginal imbalance", STYLES[3]),
         "term3": ("term 3: spurious correlation", STYLES[0] | {"linestyle": "-."}),
+        "measured": ("measured: Δgap / learning rate", dots),
     }
     return term_panels(run, "gap_dynamics_factors", terms, "Gap dynamics")
 
@@ -454,6 +461,10 @@ def tuning_curve(ax, points, chosen) -> None:
         ax.axvline(chosen, color=RED, linestyle="--", linewidth=1)
     if c.min() > 0:
         ax.set_xscale("log")
+        # The options themselves, thinned to what has room.
+        shown = sorted(c)[:: math.ceil(len(c) / 6)]
+        ax.set_xticks(shown, [f"{value:g}" for value in shown], fontsize=8)
+        ax.xaxis.set_minor_locator(NullLocator())
     ax.set_title("tuning (dashed: chosen C)")
     ax.set(xlabel="inverse regularisation C", ylabel="worst-group accuracy")
 

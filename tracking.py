@@ -79,7 +79,9 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is not None:
+            self._log_end(kind, error, traceback)
         for table in self.tables.values():
             table.close()
         self._each_tracker("finish", self.summary, self.failed)
@@ -101,6 +103,12 @@ class Run:
         if self.config.show_and_save_samples:
             with files.complete(self.folder / "samples.npz") as temporary:
                 np.savez(temporary, **samples)
+
+    def _log_end(self, kind, error, traceback) -> None:
+        """Why the run ended, to `run.log` only: the console is told by the command."""
+        reason = str(error) or kind.__name__
+        whole = not isinstance(error, UserError) and isinstance(error, Exception)
+        log.debug("Ended: %s", reason, exc_info=(kind, error, traceback) if whole else None)
 
     def table(self, name: str, columns) -> Table:
         """The open table `<name>.csv`, made with these columns on first use."""
@@ -259,8 +267,10 @@ class Wandb:
     def images(self, paths) -> None:
         import wandb
 
-        shown = {f"plots/{p.stem}": wandb.Image(str(p)) for p in paths if p.suffix == ".png"}
-        self.run.log(shown)
+        if any(path.suffix != ".png" for path in paths):
+            log.warning("wandb: shows no SVG; plot_format: png has the plots there, too")
+        else:
+            self.run.log({f"plots/{path.stem}": wandb.Image(str(path)) for path in paths})
 
     def finish(self, summary: dict, failed: bool) -> None:
         self.run.summary.update({k: v for k, v in summary.items() if _finite(v)})
@@ -284,7 +294,7 @@ def start_wandb(config: Config, folder: Path) -> Wandb | None:
 
         mode = os.environ.get("WANDB_MODE", "auto")
         mode = config.wandb.mode if config.wandb.mode != "auto" else mode
-        if mode in ("auto", "online") and not wandb.login(prompt=False, verify=False):
+        if mode in ("auto", "online") and not _logged_in(wandb):
             if mode == "online":
                 log.warning("wandb: not logged in (`wandb login`), so this run is kept offline")
             mode = "offline"
@@ -304,6 +314,14 @@ def start_wandb(config: Config, folder: Path) -> Wandb | None:
     except Exception as error:  # a tracker must never stop a run
         log.warning("wandb: not used, %s", error)
         return None
+
+
+def _logged_in(wandb) -> bool:
+    try:
+        return wandb.login(prompt=False, verify=False)
+    except (wandb.errors.Error, ValueError) as error:  # a key that cannot be one
+        log.warning("wandb: the key is not usable (%s)", error)
+        return False
 
 
 def _init_wandb(wandb, config: Config, folder: Path, mode: str):

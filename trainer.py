@@ -112,7 +112,7 @@ class _Training:
         finally:
             self.save_grams()
         with files.complete(self.run.folder / "model.pt") as temporary:
-            torch.save(self.model.state_dict(), temporary)
+            _save(self.model.state_dict(), temporary)
         return self.summaries
 
     def train_epoch(self, epoch: int) -> None:
@@ -149,16 +149,26 @@ class _Training:
         if epoch and self.plain_step:
             self.run.analysis(self.analyses.measured_rows(epoch - 1, self.change_since(before)))
         if not finite:
-            raise Diverged(
-                f"learning_rate: the training loss is {self.summaries['train']['avg_loss']} at "
-                f"epoch {epoch} with learning rate {config.learning_rate:g}; lower it"
-            )
+            raise self.diverged(epoch)
         self.run.analysis(self.analyses.rows(measurement, self.method, losses))
         if epoch == config.epochs or not self.plain_step:
             unknown = self.analyses.measured_rows(epoch, lambda *_: math.nan)
             self.run.analysis(unknown)
         if measurement.K is not None or measurement.K_jacobian is not None:
             self.grams[epoch] = (measurement.K, measurement.K_jacobian)
+
+    def diverged(self, epoch: int) -> Diverged:
+        loss, rate = self.summaries["train"]["avg_loss"], self.config.learning_rate
+        if epoch == 0:
+            return Diverged(
+                f"activation_function: the training loss of the untrained network is {loss} (epoch "
+                f"0, learning rate {rate:g}); take another activation_function or "
+                "initialization_method, fewer num_hidden_layers, or normalize_inputs: true"
+            )
+        return Diverged(
+            f"learning_rate: the training loss is {loss} at epoch {epoch} with learning rate "
+            f"{rate:g}; lower it"
+        )
 
     def evaluate(self, measurement) -> dict[str, dict[str, float]]:
         """Summaries of all splits; outputs that the analyses already computed are used again."""
@@ -196,7 +206,7 @@ class _Training:
             "method": self.method.state(),
         }
         with files.complete(folder / f"epoch_{epoch:07d}.pt") as temporary:
-            torch.save(state, temporary)
+            _save(state, temporary)
         for old in sorted(folder.glob("epoch_*.pt"))[:-KEPT_CHECKPOINTS]:
             old.unlink()
 
@@ -222,6 +232,12 @@ class _Training:
             np.savez(temporary, **arrays)
 
 
+def _save(state: dict, path) -> None:
+    # Through an open file: by name, torch would write the temporary name into the file.
+    with open(path, "wb") as file:
+        torch.save(state, file)
+
+
 class _Progress:
     """One live bar on a terminal, plain log lines elsewhere."""
 
@@ -236,7 +252,7 @@ class _Progress:
             total=self.epochs,
             disable=not self.live,
             dynamic_ncols=True,
-            bar_format="epoch {n_fmt}/{total_fmt} {bar} {postfix} {remaining} left",
+            bar_format="epoch {n_fmt}/{total_fmt} {bar} {desc} {remaining} left",
         )
         if self.live:
             self.redirect.__enter__()
@@ -250,12 +266,12 @@ class _Progress:
     def show(self, epoch: int, summaries) -> None:
         train, test = summaries["train"], summaries["test"]
         text = (
-            f"loss {train['avg_loss']:.4g} test {test['avg_loss']:.4g} "
-            f"worst {test['worst_acc']:.3f}"
+            f"loss {train['avg_loss']:.3g}, test {test['avg_loss']:.3g}, "
+            f"test worst acc {test['worst_acc']:.3f}"
         )
         if self.live:
             self.bar.n = epoch
-            self.bar.set_postfix_str(text)
+            self.bar.set_description_str(text)
         if epoch % self.every == 0 or epoch == self.epochs:
             left = (time.perf_counter() - self.start) / (epoch + 1) * (self.epochs - epoch)
             level = logging.DEBUG if self.live else logging.INFO

@@ -325,6 +325,18 @@ def test_balanced_moments_and_an_empty_group_still_give_nan_terms():
     assert math.isnan(terms["term2"])
 
 
+def test_an_empty_test_group_is_nan_even_where_the_flows_weights_are_zero():
+    net, config = network()
+    splits = make_splits(train=(5, 5, 5, 5), test=(4, 0, 3, 2))
+    K = gram(net, config, {"train": splits.train, "test": splits.test})
+    counts = splits.train.counts  # balanced: no weight in term2 and term3
+    empty = analysis.gap_dynamics_factors(K, (1, 0), "test", "train", counts, [0.25] * 4)
+    assert all(math.isnan(value) for value in empty.values())
+    there = analysis.gap_dynamics_factors(K, (2, 3), "test", "train", counts, [0.25] * 4)
+    assert there["term2"] == there["term3"] == 0
+    assert there["term1"] == pytest.approx(there["total"])
+
+
 def test_total_is_the_gaps_change_over_a_tiny_step():
     net, config = network()
     splits = make_splits()

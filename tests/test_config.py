@@ -273,3 +273,8 @@ def test_help_fits_80_columns_and_names_every_key():
     for name, field, _ in configuration.fields():
         assert f"  {name} =" in text
         assert field.description
+
+
+def test_a_number_for_a_text_key_is_told_to_be_quoted(tmp_path):
+    line = only(problems({"experiment_name": 5}, tmp_path=tmp_path))
+    assert line.endswith("(this is no text for YAML: put it in quotes, '5')")

@@ -126,6 +126,7 @@ def test_equal_runs_are_equal_files(run):
     for name in ("training_history.csv", "analysis.csv", "group_counts.csv", "dfr_results.json",
                  "dfr_results.txt", "config_used.yaml"):  # fmt: skip
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    assert (first / "model.pt").read_bytes() == (second / "model.pt").read_bytes()
     for name in ("gram.npz", "dfr_model.npz", "samples.npz"):
         with np.load(first / name) as a, np.load(second / name) as b:
             assert all(np.array_equal(a[key], b[key], equal_nan=True)
@@ -153,6 +154,8 @@ def test_settings_end_to_end(run, overrides):
     code, folder, _ = run(*overrides)
     assert code == 0
     assert list((folder / "plots").iterdir())
+    log = (folder / "run.log").read_text()
+    assert "Ended" not in log
     assert (folder / "dfr_results.json").exists() == ("use_dfr=false" not in overrides)
     assert (folder / "samples.npz").exists() == ("use_dfr=false" not in overrides)
 
@@ -201,7 +204,16 @@ def test_divergence_keeps_and_plots_the_tables(run):
     assert re.search(r"learning_rate: the training loss is (nan|inf) at epoch \d+ with", lines[-1])
     assert (folder / "plots" / "training_history.png").exists()
     assert not (folder / "dfr_results.json").exists()
+    assert f"Ended: {lines[-1]}" in (folder / "run.log").read_text()
     assert not np.isfinite(pd.read_csv(folder / "training_history.csv")["train_avg_loss"].iloc[-1])
+
+
+def test_an_untrained_network_that_overflows_is_not_blamed_on_the_learning_rate(run):
+    code, _, lines = run("activation_function=exp", "num_hidden_layers=3", "initialization_method=NTP",
+                         "use_bias=true", "use_zero_bias_initialization=false", "hidden_dim=64",
+                         "use_skip_connections=true")  # fmt: skip
+    assert code == 2
+    assert lines[-1].startswith("activation_function: the training loss of the untrained network")
 
 
 def test_help_is_fast_and_imports_no_torch():
@@ -297,3 +309,4 @@ def test_interruption(tmp_path, data_dir, sent, code):
     (folder,) = (tmp_path / "results").iterdir()
     history = pd.read_csv(folder / "training_history.csv")
     assert history["epoch"].tolist() == list(range(len(history)))
+    assert "Ended: " in (folder / "run.log").read_text()
