@@ -26,7 +26,8 @@ from torch import nn
 from torch.fx.experimental import optimization
 
 import files
-from config import RESNETS, VIT_BLOCKS, Config, ConfigError, DataError, derive_seed
+from config import RESNETS, VIT_BLOCKS, Config, derive_seed
+from errors import ConfigError, DataError
 
 log = logging.getLogger(f"spurious.{__name__}")
 

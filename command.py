@@ -12,7 +12,7 @@ import threading
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 
-from config import ConfigError, UserError
+from errors import ConfigError, UserError
 
 
 class Parser(argparse.ArgumentParser):

@@ -6,14 +6,14 @@ problem at once. `python config.py` prints the table of keys for the README.
 
 import difflib
 import hashlib
-import re
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
 
 import groups
+import strict_yaml
+from errors import ConfigError
+from strict_yaml import show
 
 # Facts about other rooms that validation needs; tests hold them against the registries.
 HAS_OFFICIAL_VALIDATION = {"ColoredMNIST": False, "WaterBirds": True}
@@ -31,23 +31,6 @@ VIT_BLOCKS = {
 # Side of the square feature maps that a ResNet's layers make of a picture of 224 pixels.
 RESNET_MAPS = {"layer1": 56, "layer2": 28, "layer3": 14, "layer4": 7}
 RESNETS = ("ResNet18", "ResNet50")
-MAX_CONFIG_BYTES = 256_000
-
-
-class UserError(Exception):
-    """What the user can fix: one line a problem, no traceback, exit code 2."""
-
-    def __init__(self, *problems: str):
-        super().__init__("\n".join(problems))
-        self.problems = problems
-
-
-class ConfigError(UserError):
-    """The configuration is not usable."""
-
-
-class DataError(UserError):
-    """The data are missing, damaged or do not suit the configuration."""
 
 
 Samples = Annotated[int, Field(ge=0, le=10_000_000)]
@@ -365,7 +348,7 @@ def _check_pooling(c):
 def _check_pairs(c, section):
     for pair in c[section].group_pairs:
         if pair[0] == pair[1] or 0 in pair[0] + pair[1]:
-            yield f"{section}.group_pairs: given {_show(pair)}; allowed: {ALLOWED['GroupPairs']}"
+            yield f"{section}.group_pairs: given {show(pair)}; allowed: {ALLOWED['GroupPairs']}"
 
 
 def _check_train_size(c):
@@ -496,84 +479,6 @@ def _changed(config: Config, name: str) -> bool:
     return getattr(config, name) != Config.model_fields[name].default
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML with numbers such as 1e-4, and without aliases, merges and repeated keys."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(problem="aliases (*name) are not read", problem_mark=mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            name = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if name is None or key_node.tag == "tag:yaml.org,2002:merge":
-                problem = "a key must be a plain name (no merge keys, lists or mappings)"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
-            if name in seen:
-                problem = f"the key {name!r} is given twice"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
-            seen.add(name)
-        # Keys as they are written: `3` or `true` is as unknown a name as any other.
-        return {key.value: self.construct_object(value, deep) for key, value in node.value}
-
-
-# Only what a setting can be: dates, octal and sexagesimal numbers stay text.
-_Loader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"(?:true|True|TRUE|false|False|FALSE|yes|Yes|no|No|on|On|off|Off)", "tTfFyYnNoO"),
-    ("null", r"(?:~|null|Null|NULL|)", ["~", "n", "N", ""]),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
-        r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)",
-        "-+0123456789.",
-    ),
-    ("merge", r"<<", "<"),
-):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first)
-    )
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        line = f", line {mark.line + 1}" if mark and where.endswith((".yaml", ".yml")) else ""
-        raise ConfigError(f"{where}{line}: {error.problem or error}") from None
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
-        # PyYAML lets Python's own errors out for hostile or malformed documents.
-        nested = isinstance(error, RecursionError)
-        reason = "nested too deeply" if nested else " ".join(str(error).split())
-        raise ConfigError(f"{where}: not readable as YAML ({reason})") from None
-
-
-def read_yaml(path) -> dict:
-    """The mapping in a YAML file; `ConfigError` names the file and the line."""
-    path = Path(path)
-    try:
-        size = path.stat().st_size
-        if size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path}: {size} bytes; allowed: up to {MAX_CONFIG_BYTES}")
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        hint = " (give another one with --config FILE)" if not path.exists() else ""
-        raise ConfigError(f"{path}: cannot be read, {error.strerror}{hint}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file in UTF-8") from None
-    document = _parse(text, str(path))
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise ConfigError(f"{path}: given {_show(document)}; allowed: lines of `key: value`")
-    return document
-
-
 def _apply_overrides(document: dict, overrides) -> list[str]:
     """Write `key=value` overrides into the document; returns the problems."""
     problems, seen = [], set()
@@ -588,7 +493,7 @@ def _apply_overrides(document: dict, overrides) -> list[str]:
             continue
         seen.add(name)
         try:
-            value = _parse(text, name)
+            value = strict_yaml.parse(text, name)
         except ConfigError as error:
             problems += error.problems
             continue
@@ -602,19 +507,6 @@ def _apply_overrides(document: dict, overrides) -> list[str]:
         else:
             place[last] = value
     return problems
-
-
-def _show(value) -> str:
-    """A given value as YAML would write it, with its kind where that explains the error."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        shown = value if len(value) <= 60 else value[:57] + "..."
-        return f"{shown!r} (text)"
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def _allowed(annotation, metadata=()) -> str:
@@ -684,7 +576,7 @@ def _problem(error, document) -> tuple[str, str]:
         known = [f"{'.'.join(dotted)}.{n}" if dotted else n for n in model.model_fields]
         known += [name for name, _, _ in fields()]
         full = ".".join([*dotted, names[len(dotted)]])
-        value = _show(error["input"])
+        value = show(error["input"])
         return full, f"{full}: given {value}, but there is no such key{_near(full, known)}"
     full = ".".join(dotted)
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
@@ -695,8 +587,8 @@ def _problem(error, document) -> tuple[str, str]:
         for small, choice in lower.items():
             hint = hint.replace(f"mean {small}?", f"mean {choice}?")
     if error["type"] == "string_type" and given is not None:
-        hint = f" (this is no text for YAML: put it in quotes, '{_show(given)}')"
-    return full, f"{full}: given {_show(given)}; allowed: {_field_allowed(field)}{hint}"
+        hint = f" (this is no text for YAML: put it in quotes, '{show(given)}')"
+    return full, f"{full}: given {show(given)}; allowed: {_field_allowed(field)}{hint}"
 
 
 def validate(document: dict, problems=()) -> Config:
@@ -732,7 +624,7 @@ def load_config(path, overrides=()) -> Config:
 
     Raises `ConfigError` with one line a problem: key, what was given, what is allowed.
     """
-    document = read_yaml(path)
+    document = strict_yaml.read(path)
     return validate(document, _apply_overrides(document, overrides))
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import groups
-from config import Config, DataError, derive_seed
+from config import Config, derive_seed
+from errors import DataError
 from pictures import LUMA, Pictures, unreadable
 from sources import mnist
 from sources import waterbirds as waterbirds_source

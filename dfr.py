@@ -18,8 +18,9 @@ from sklearn.preprocessing import StandardScaler
 import files
 import logistic
 import metrics
-from config import Config, DataError, derive_seed
+from config import Config, derive_seed
 from data_loader import Split, Splits
+from errors import DataError
 from model import target_layer
 
 log = logging.getLogger(f"spurious.{__name__}")

@@ -37,8 +37,9 @@ import feature_cache
 import files
 from backbones import SIDE
 from command import Parser, console_log, exit_code, termination_as_exception
-from config import Config, ConfigError, DataError, UserError, load_config
+from config import Config, load_config
 from data_loader import Splits
+from errors import ConfigError, DataError, UserError
 
 log = logging.getLogger(f"spurious.{__name__}")
 

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from config import Config, ConfigError, derive_seed
+from config import Config, derive_seed
+from errors import ConfigError
 
 ACTIVATIONS = {
     "relu": F.relu,

@@ -23,7 +23,8 @@ import numpy as np
 import yaml
 
 import files
-from config import Config, UserError
+from config import Config
+from errors import UserError
 
 log = logging.getLogger(f"spurious.{__name__}")
 

@@ -19,8 +19,9 @@ import files
 import methods
 import metrics
 from analysis import Analyses
-from config import Config, UserError, derive_seed
+from config import Config, derive_seed
 from data_loader import Split, Splits
+from errors import UserError
 from model import parameter_groups
 
 log = logging.getLogger(f"spurious.{__name__}")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 import files
-from config import DataError
+from errors import DataError
 
 log = logging.getLogger(f"spurious.{__name__}")
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from config import DataError
+from errors import DataError
 
 SIDE = 224
 MAX_FILE_BYTES = 64 * 2**20

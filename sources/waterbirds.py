@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import DataError
+from errors import DataError
 from sources.picture_files import (
     Archive,
     BadPicture,

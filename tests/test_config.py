@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 import config as configuration
-from config import ConfigError, derive_seed, load_config, validate
+import strict_yaml
+from config import derive_seed, load_config, validate
+from errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +32,7 @@ def only(lines):
 
 
 def test_the_shipped_file_has_every_key_at_its_default_in_order():
-    shipped = configuration.read_yaml(ROOT / "config.yaml")
+    shipped = strict_yaml.read(ROOT / "config.yaml")
     assert validate(shipped).resolved() == validate({}).resolved()
 
     def flat(document, prefix=""):

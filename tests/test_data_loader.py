@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import config as configuration
 import data_loader
 import groups
-from config import ConfigError, DataError
+from errors import ConfigError, DataError
 from sources import mnist
 
 

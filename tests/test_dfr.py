@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 import dfr
 import metrics
 import model
-from config import DataError
+from errors import DataError
 
 
 def problem(settings, dfr_counts=(20, 8, 9, 24), **keys):

@@ -25,8 +25,9 @@ import data_loader
 import feature_cache
 import feature_extractor
 import main
-from config import ConfigError, DataError, derive_seed
+from config import derive_seed
 from data_loader import Split, Splits
+from errors import ConfigError, DataError
 
 ROOT = Path(__file__).parent.parent
 

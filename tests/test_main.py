@@ -209,9 +209,15 @@ def test_divergence_keeps_and_plots_the_tables(run):
 
 
 def test_an_untrained_network_that_overflows_is_not_blamed_on_the_learning_rate(run):
-    code, _, lines = run("activation_function=exp", "num_hidden_layers=3", "initialization_method=NTP",
-                         "use_bias=true", "use_zero_bias_initialization=false", "hidden_dim=64",
-                         "use_skip_connections=true")  # fmt: skip
+    code, _, lines = run(
+        "activation_function=exp",
+        "num_hidden_layers=3",
+        "initialization_method=NTP",
+        "use_bias=true",
+        "use_zero_bias_initialization=false",
+        "hidden_dim=64",
+        "use_skip_connections=true",
+    )
     assert code == 2
     assert lines[-1].startswith("activation_function: the training loss of the untrained network")
 

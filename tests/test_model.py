@@ -10,7 +10,8 @@ from conftest import make_split
 import metrics
 import model
 import trainer
-from config import ConfigError, validate
+from config import validate
+from errors import ConfigError
 
 
 def build(inputs=12, dtype=torch.float64, **keys):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import multiprocessing
 import pickle
 import shutil
@@ -24,7 +25,7 @@ import main
 import metrics
 import pictures
 import plotting
-from config import ConfigError, DataError
+from errors import ConfigError, DataError
 from sources import picture_files, waterbirds
 
 HEADER = ["img_id", "img_filename", "y", "split", "place", "place_filename"]
@@ -652,3 +653,34 @@ def test_configuration(good):
     with pytest.raises(ConfigError, match="ColoredMNIST has no official validation set"):
         configuration.validate({"dfr_val_split_strategy": "original"})
     assert set(configuration.HAS_OFFICIAL_VALIDATION) == set(data_loader.DATASETS)
+
+
+def test_features_end_to_end_with_the_official_validation_set(good, tmp_path):
+    """ResNet18 with random weights: analyses, DFR on the validation set, a second run cached."""
+    changes = {
+        "use_feature_extractor": "true",
+        "feature_extractor_weights": "random",
+        "features_cache_dir": tmp_path / "cache",
+        "num_workers": 0,
+    }
+    code, first = run(good, tmp_path / "first", **changes)
+    assert code == 0
+    files = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    kept = [name for name in files if name.endswith(".safetensors")]
+    assert len(kept) == 3  # DFR's pictures are the validation set's
+    code, second = run(good, tmp_path / "second", **changes)
+    assert code == 0
+    assert files == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir()}
+    for name in ("training_history.csv", "analysis.csv", "dfr_results.json", "group_counts.csv"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    rows = pd.read_csv(first / "analysis.csv")
+    assert set(rows["split"]) == {"train", "test", "test_under_train"}
+    results = json.loads((first / "dfr_results.json").read_text())
+    assert results["split_strategy"] == "original"
+    assert results["samples_per_group"] == min(VAL)
+    counts = pd.read_csv(first / "group_counts.csv")
+    assert counts[counts["split"] == "dfr"]["count"].tolist() == VAL
+    weights = torch.load(first / "model.pt", weights_only=True)
+    assert weights["layers.0.weight"].shape[1] == 512
+    facts = json.loads((first / "environment.json").read_text())
+    assert facts["features"]["weights"] == "random-0"
