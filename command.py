@@ -79,11 +79,20 @@ def termination_as_exception():
         signal.signal(signal.SIGTERM, before)
 
 
+class _Console(logging.Handler):
+    """Standard error; above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 @contextmanager
 def console_log():
     """Log lines on standard error; yields a handler that keeps the lines for `run.log`."""
     root = logging.getLogger("spurious")
-    console, memory = logging.StreamHandler(), MemoryHandler(10_000, logging.CRITICAL + 1)
+    console, memory = _Console(), MemoryHandler(10_000, logging.CRITICAL + 1)
     console.setLevel(logging.INFO)
     root.setLevel(logging.DEBUG)
     root.propagate = False

@@ -30,7 +30,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 import backbones
 import feature_cache
@@ -399,12 +398,6 @@ class _Progress:
 
     def __enter__(self):
         self.start = self.said = time.perf_counter()
-        self.redirect = (
-            logging_redirect_tqdm(loggers=[logging.getLogger("spurious")])
-            if self.live
-            else nullcontext()
-        )
-        self.redirect.__enter__()
         self.bar = tqdm(
             total=self.total,
             desc=self.what,
@@ -417,7 +410,6 @@ class _Progress:
 
     def __exit__(self, *exception):
         self.bar.close()
-        self.redirect.__exit__(*exception)
 
     def advance(self, pictures: int) -> None:
         self.bar.update(pictures)

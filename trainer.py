@@ -12,7 +12,6 @@ import time
 import numpy as np
 import torch
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 import analysis
 import files
@@ -248,21 +247,16 @@ class _Progress:
         self.start = time.perf_counter()
 
     def __enter__(self):
-        self.redirect = logging_redirect_tqdm(loggers=[logging.getLogger("spurious")])
         self.bar = tqdm(
             total=self.epochs,
             disable=not self.live,
             dynamic_ncols=True,
             bar_format="epoch {n_fmt}/{total_fmt} {bar} {desc} {remaining} left",
         )
-        if self.live:
-            self.redirect.__enter__()
         return self
 
     def __exit__(self, *exception):
         self.bar.close()
-        if self.live:
-            self.redirect.__exit__(*exception)
 
     def show(self, epoch: int, summaries) -> None:
         train, test = summaries["train"], summaries["test"]
