@@ -393,9 +393,13 @@ def build(config: Config, spec: Spec, weights: Path | None, device: str) -> Back
         ) as error:  # fmt: skip
             if weights is None:
                 raise
+            reason = _first_line(error)
+            if isinstance(error, pickle.UnpicklingError):
+                # torch's own text is a page long and advises to switch the safety off.
+                reason = "not a file of weights only; save model.state_dict(), or as .safetensors"
             raise DataError(
                 f"feature_extractor_weights: {weights} does not hold the weights of {spec.name} "
-                f"({_first_line(error)})"
+                f"({reason})"
             ) from None
     return Backbone(net, spec, device, choose_precision(config, device))
 
@@ -432,7 +436,8 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
     state = torch.load(path, map_location="cpu", weights_only=True)
-    return state.get("state_dict", state)
+    state = state.get("state_dict", state.get("model", state))
+    return {name.removeprefix("module."): value for name, value in state.items()}
 
 
 class _TorchvisionViT(nn.Module):

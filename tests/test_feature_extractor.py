@@ -707,7 +707,7 @@ def test_colored_mnist_end_to_end(tmp_path, data_dir):
     assert main.main(["--config", str(tmp_path / "config.yaml"), *options]) == 0
     (environment,) = tmp_path.glob("*/environment.json")
     record = json.loads(environment.read_text())["features"]
-    assert record["weights"] == "random-0" and record["layer"] == "layer1-1x1"
+    assert record["weights"].startswith("random-0 of torch") and record["layer"] == "layer1-1x1"
     assert set(record["files"]) == {"train", "test", "dfr"}
 
 
