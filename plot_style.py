@@ -86,17 +86,18 @@ def new_figure(rows: int, splits: list[str]):
 
 
 def curve(ax, x, y, style: dict, label: str) -> None:
-    """Plot one curve with about ten markers; points without neighbours always have one.
+    """Plot one curve with about ten markers, one without a line with about forty.
 
-    A curve without a finite value is left out, from the legend too.
+    Points without neighbours always have a marker. A curve without a finite value is left out,
+    from the legend too.
     """
     x, y = np.asarray(x), finite(y)
     shown = np.isfinite(y)
     if not shown.any():
         return
     isolated = shown & ~np.r_[False, shown[:-1]] & ~np.r_[shown[1:], False]
-    step = max(1, round(len(x) / 10))
-    marked = isolated | (np.arange(len(x)) % step == 0) | (style["linestyle"] == "none")
+    step = max(1, round(len(x) / (40 if style["linestyle"] == "none" else 10)))
+    marked = isolated | (np.arange(len(x)) % step == 0)
     ax.plot(x, y, label=label, markevery=np.flatnonzero(marked).tolist(), **style)
 
 

@@ -319,7 +319,7 @@ def gap_dynamics_factors(run: Run) -> Figure:
     """Time derivative of the loss gap, split by what causes it."""
     # Open, large and on top: where theory holds the dots lie on the curve and still show.
     dots = {"color": GREY, "linestyle": "none", "marker": "o", "markerfacecolor": "none"}
-    dots |= {"markersize": 8, "zorder": 5}
+    dots |= {"markersize": 6, "zorder": 5}
     terms = {
         "total": ("total (gradient flow)", STYLES[2] | {"linestyle": "-"}),
         "method_total": (f"total under {run.method}", STYLES[2] | {"markerfacecolor": "white"}),
