@@ -170,3 +170,13 @@ def test_no_epoch_is_an_evaluation(fake_run, settings):
     run(fake_run, settings, epochs=0)
     assert len(fake_run.rows) == 1
     assert fake_run.values("gap_dynamics_factors", "total", "train")
+
+
+def test_group_weights_follow_the_recursion_over_the_epochs(fake_run, settings):
+    run(fake_run, settings, debias_method="GroupDRO", dro_eta_q=0.5, learning_rate=0.5, epochs=4)
+    q = [0.25] * 4
+    for row in fake_run.rows:
+        losses = [row[f"train_group_{g}_loss"] for g in range(4)]
+        raised = [weight * math.exp(0.5 * loss) for weight, loss in zip(q, losses)]
+        q = [value / sum(raised) for value in raised]
+        assert [row[f"flow_weight_{g}"] for g in range(4)] == pytest.approx(q, rel=1e-9)
