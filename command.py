@@ -1,7 +1,8 @@
 """What the commands share: arguments, exit codes, signals, the log on the console.
 
 Exit codes: 0 done; 2 what the user can fix, one line a problem on standard error; 1 anything else
-(a traceback: a fault of ours); 130 or 143 interrupted.
+(a traceback: a fault of ours); 128 + the signal's number if stopped by one (130 Ctrl-C, 143
+SIGTERM, 138 SIGUSR1 and 140 SIGUSR2, by which clusters announce pre-emption).
 """
 
 import argparse
@@ -14,6 +15,12 @@ from logging.handlers import MemoryHandler
 
 from errors import ConfigError, UserError
 
+STOPPING = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+]
+
 
 class Parser(argparse.ArgumentParser):
     """Errors of the command line are errors of the user, told like all others."""
@@ -22,12 +29,9 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"command line: {message}; see {self.prog} --help")
 
     def add_config_arguments(self) -> None:
-        """`--config FILE` and overrides `key=value`."""
+        """`--config FILE` (None if not given) and overrides `key=value`."""
         self.add_argument(
-            "--config",
-            default="config.yaml",
-            metavar="FILE",
-            help="settings (default: config.yaml)",
+            "--config", metavar="FILE", help=f"settings (default: {DEFAULT_CONFIG_FILE})"
         )
         self.add_argument(
             "overrides",
@@ -37,8 +41,14 @@ class Parser(argparse.ArgumentParser):
         )
 
 
+DEFAULT_CONFIG_FILE = "config.yaml"
+
+
 def exit_code(command) -> int:
-    """Runs a command; what the user can fix and interruptions become lines and exit codes."""
+    """Runs a command; what the user can fix and signals become lines and exit codes.
+
+    Notes on an error (`add_note`) are the last lines: what to do now.
+    """
     for stream in (sys.stdout, sys.stderr):
         # A terminal without Unicode gets escapes instead of a traceback.
         if hasattr(stream, "reconfigure"):
@@ -46,37 +56,83 @@ def exit_code(command) -> int:
     try:
         command()
     except UserError as error:
-        for problem in error.problems:
-            print(problem, file=sys.stderr)
+        _say(*error.problems, *_notes(error))
         return 2
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        return 130
-    except Terminated:
-        print("Terminated.", file=sys.stderr)
-        return 143
+    except Stopped as error:
+        _say(f"Stopped by {signal.Signals(error.signum).name}.", *_notes(error))
+        return 128 + error.signum
+    except KeyboardInterrupt as error:
+        _say("Stopped by SIGINT.", *_notes(error))
+        return 128 + signal.SIGINT
     return 0
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived."""
+def _say(*lines: str) -> None:
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def _notes(error) -> list[str]:
+    return getattr(error, "__notes__", [])
+
+
+class Stopped(BaseException):
+    """A signal asks the command to stop."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class _Signals:
+    """Which signal arrived, and whether the code that runs may be torn apart."""
+
+    def __init__(self):
+        self.arrived: int | None = None
+        self.depth = 0
+
+    def handle(self, signum, frame) -> None:
+        again = self.arrived is not None and signum == signal.SIGINT
+        self.arrived = self.arrived or signum
+        if self.depth == 0 or again:
+            raise Stopped(self.arrived)
+        if signum == signal.SIGINT:
+            _say("Stopping after this step; Ctrl-C once more stops at once and loses the step.")
+
+
+_signals = _Signals()
 
 
 @contextmanager
-def termination_as_exception():
-    """SIGTERM unwinds like Ctrl-C, so that tables and trackers are closed."""
-
-    def terminate(signum, frame):
-        raise Terminated
-
+def stop_signals():
+    """Signals that ask for a stop raise `Stopped`, at once or at the end of `whole_step`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, terminate)
+    _signals.__init__()
+    before = {signum: signal.signal(signum, _signals.handle) for signum in STOPPING}
+    try:
+        yield
+    except Exception as error:
+        # A signal to the whole process group also ends worker processes, which is told first.
+        if _signals.arrived is None:
+            raise
+        raise Stopped(_signals.arrived) from error
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextmanager
+def whole_step():
+    """What is inside is done wholly before a signal stops the command."""
+    _signals.depth += 1
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        _signals.depth -= 1
+    if _signals.arrived is not None and _signals.depth == 0:
+        raise Stopped(_signals.arrived)
 
 
 class _Console(logging.Handler):

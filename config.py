@@ -196,7 +196,7 @@ class Config(Section):
         None, "weight decay; null = 0 for SGD, 0.01 for Adam"
     )
     checkpoint_every: Annotated[int, Field(ge=1, le=1_000_000)] | None = key(
-        None, "epochs between checkpoints of the training state; null = none"
+        10, "epochs between checkpoints; null = only at the end and when stopped by a signal"
     )
 
     analysis_target: Literal["train", "test", "both"] = key("both", "splits to analyse")
@@ -469,6 +469,31 @@ def _without_effect(config: Config, given: set[str]) -> list[str]:
 
 def _changed(config: Config, name: str) -> bool:
     return getattr(config, name) != Config.model_fields[name].default
+
+
+# Keys that do not change what a run measures.
+FREE_TO_CHANGE = (
+    "results_dir", "num_workers", "checkpoint_every", "dfr_num_workers", "plot_format", "wandb",
+)  # fmt: skip
+
+
+def changes_results(old: Config, new: Config) -> list[str]:
+    """One line for every key with a change that a resumed run cannot take.
+
+    `epochs` may grow; `FREE_TO_CHANGE` may change.
+    """
+    lines = []
+    for name in Config.model_fields:
+        before, after = getattr(old, name), getattr(new, name)
+        longer = name == "epochs" and after > before
+        if before != after and not longer and name not in FREE_TO_CHANGE:
+            shown = show(before.model_dump() if isinstance(before, BaseModel) else before)
+            given = show(after.model_dump() if isinstance(after, BaseModel) else after)
+            more = " or more" if name == "epochs" else ""
+            lines.append(
+                f"{name}: given {given}, but the run to resume has {shown}; allowed: {shown}{more}"
+            )
+    return lines
 
 
 def _apply_overrides(document: dict, overrides) -> list[str]:

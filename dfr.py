@@ -179,14 +179,7 @@ def retrain(model, splits: Splits, config: Config) -> tuple[Head, dict]:
 
 def save(folder, head: Head, results: dict, group_names: list[str]) -> None:
     """Write `dfr_model.npz`, `dfr_results.json` (NaN as null) and `dfr_results.txt`."""
-    with files.complete(folder / "dfr_model.npz") as temporary:
-        np.savez(
-            temporary,
-            mean=head.mean,
-            scale=head.scale,
-            coefficients=head.coefficients,
-            intercept=head.intercept,
-        )
+    files.save(folder / "dfr_model.npz", lambda file: np.savez(file, **vars(head)))
     files.write_text(folder / "dfr_results.txt", text(results, group_names))
     strict = json.dumps(_without_nan(results), indent=2, allow_nan=False)
     files.write_text(folder / "dfr_results.json", strict + "\n")

@@ -15,3 +15,7 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """The data are missing, damaged or do not suit the configuration."""
+
+
+class StorageError(UserError):
+    """The disk is full, read-only, or may not be written to."""

@@ -35,7 +35,7 @@ import backbones
 import feature_cache
 import files
 from backbones import SIDE
-from command import Parser, console_log, exit_code, termination_as_exception
+from command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, stop_signals
 from config import Config, load_config
 from data_loader import Splits
 from errors import ConfigError, DataError, UserError
@@ -454,7 +454,7 @@ def main(argv: list[str] | None = None) -> int:
         overrides = arguments.overrides
         if not any(text.startswith("use_feature_extractor=") for text in overrides):
             overrides = [*overrides, "use_feature_extractor=true"]
-        config = load_config(arguments.config, overrides)
+        config = load_config(arguments.config or DEFAULT_CONFIG_FILE, overrides)
         folder = Path(config.features_cache_dir)
         if arguments.list or arguments.prune:
             try:
@@ -472,7 +472,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(
                 "use_feature_extractor: given false; allowed to extract features: true"
             )
-        with console_log(), termination_as_exception(), _process_group():
+        with console_log(), stop_signals(), _process_group():
             _run(config)
 
     return exit_code(extraction)

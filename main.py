@@ -1,36 +1,72 @@
 """One experiment: load → train (with analyses) → DFR → plots.
 
     python main.py [--config FILE] [key=value ...]
+    python main.py --resume results/<run> [key=value ...]
 
-Exit codes: 0 done; 2 what you can fix (configuration, data), one line a problem; 1 anything
-else; 130 or 143 interrupted.
+Exit codes: 0 done; 2 what you can fix (configuration, data, disk), one line a problem; 1 anything
+else; 128 + the signal's number if stopped by one.
 """
 
 import logging
 import sys
 import time
 from logging.handlers import MemoryHandler
+from pathlib import Path
 
 import config as configuration
-from command import Parser, console_log, exit_code, termination_as_exception
+from command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, stop_signals
 from config import Config
 
 log = logging.getLogger("spurious.main")
 
 
-def run(config: Config, command: list[str], early_log: MemoryHandler) -> None:
-    """The pipeline. Raises `UserError` for what the user can fix."""
+def run(config: Config, command: list[str], early_log: MemoryHandler, resume=None) -> None:
+    """The pipeline. Raises `UserError` for what the user can fix.
+
+    resume: (folder of a run, phase to start with) for a run that goes on.
+    """
     # Imported here: `--help` and configuration errors need not wait for torch.
     import model
 
-    device, extractor = model.choose_device(config.device), None
+    device = model.choose_device(config.device)
+    import trackers
+    import tracking
+
+    splits = extractor = None
+    loading = time.perf_counter()
+    if resume is None or resume[1] != "plots":
+        splits, extractor = _load(config, device)
+    loading = time.perf_counter() - loading
+
+    if resume:
+        opened = tracking.resume(*resume, config, device, command)
+    else:
+        opened = tracking.start(config, device, command, extractor and extractor.facts)
+    with opened as results:
+        results.keep_log(early_log)
+        results.add_tracker(trackers.start_wandb(config, results.folder, results.id))
+        diverged = None
+        if splits:
+            results.time("loading", loading)
+            results.save_data(splits.count_rows(), splits.samples)
+            diverged = _learn(config, splits.to(device), device, results)
+        import plotting
+
+        with results.timed("plots"):
+            results.images(plotting.draw(results.folder))
+
+        print(f"Results: {results.folder}", flush=True)
+        if diverged:
+            raise diverged
+        results.enter("done")
+
+
+def _load(config: Config, device: str):
+    """(splits, the feature extractor that made their inputs or None)."""
     import data_loader
     import dfr
-    import plotting
-    import tracking
-    import trainer
 
-    start = time.perf_counter()
+    extractor = None
     if config.use_feature_extractor:
         import feature_extractor  # with torchvision or timm, slow to import
 
@@ -40,34 +76,29 @@ def run(config: Config, command: list[str], early_log: MemoryHandler) -> None:
         splits = extractor.extract(splits)
     if config.use_dfr:
         dfr.check(splits)
-    loading = time.perf_counter() - start
+    return splits, extractor
 
-    with tracking.start(config, device, command, extractor and extractor.facts) as results:
-        results.time("loading", loading)
-        results.keep_log(early_log)
-        results.save_data(splits.count_rows(), splits.samples)
-        results.add_tracker(tracking.start_wandb(config, results.folder))
 
-        splits = splits.to(device)
-        network = model.build(config, splits.train.inputs.shape[1:]).to(device)
-        diverged = None
-        try:
-            summaries = trainer.train(network, splits, config, results)
-            results.conclude("", summaries)
-        except trainer.Diverged as error:
-            diverged = error
-        if config.use_dfr and not diverged:
-            with results.timed("DFR"):
-                head, retrained = dfr.retrain(network, splits, config)
-                dfr.save(results.folder, head, retrained, splits.group_names)
-            results.conclude("dfr_", retrained["after"])
-        with results.timed("plots"):
-            results.images(plotting.draw(results.folder))
+def _learn(config: Config, splits, device: str, results):
+    """Train, then retrain; returns the `Diverged` that ended it, or None."""
+    import dfr
+    import model
+    import trainer
 
-        print(f"Results: {results.folder}", flush=True)
-        if diverged:
-            raise diverged
-        results.failed = False
+    network = model.build(config, splits.train.inputs.shape[1:]).to(device)
+    try:
+        summaries = trainer.train(network, splits, config, results)
+    except trainer.Diverged as error:
+        return error
+    results.conclude("", summaries)
+    results.enter("DFR")
+    if config.use_dfr:
+        with results.timed("DFR"):
+            head, retrained = dfr.retrain(network, splits, config)
+            dfr.save(results.folder, head, retrained, splits.group_names)
+        results.conclude("dfr_", retrained["after"])
+    results.enter("plots")
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,11 +111,23 @@ def main(argv: list[str] | None = None) -> int:
             print(_parser().format_help() + "\nKeys, with their defaults:\n")
             print(configuration.help_text())
             return
-        config = configuration.load_config(arguments.config, arguments.overrides)
-        with console_log() as early_log, termination_as_exception():
+        resume = None
+        if arguments.resume:
+            import tracking
+
+            folder = Path(arguments.resume)
+            config, phase = tracking.load_to_resume(folder, arguments.config, arguments.overrides)
+            if phase == "done":
+                print(f"{folder}: finished already, nothing to do")
+                return
+            resume = (folder, phase)
+        else:
+            file = arguments.config or DEFAULT_CONFIG_FILE
+            config = configuration.load_config(file, arguments.overrides)
+        with console_log() as early_log, stop_signals():
             if config.ignored:
                 log.info("Given, but without effect here: %s", "; ".join(config.ignored))
-            run(config, ["main.py", *argv], early_log)
+            run(config, ["main.py", *argv], early_log, resume)
 
     return exit_code(experiment)
 
@@ -96,6 +139,9 @@ def _parser() -> Parser:
         add_help=False,
     )
     parser.add_argument("-h", "--help", action="store_true", help="show every key and stop")
+    parser.add_argument(
+        "--resume", metavar="FOLDER", help="go on with an interrupted run, results/<run>"
+    )
     parser.add_config_arguments()
     return parser
 

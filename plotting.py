@@ -11,6 +11,7 @@ import textwrap
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, cycle
 from pathlib import Path
 
@@ -543,8 +544,7 @@ def has_rows(run: Run, make) -> bool:
 def save(figure: Figure, path: Path, file_format: str) -> None:
     """Write a picture without dates, under a temporary name until it is whole."""
     metadata = {"Software": None} if file_format == "png" else {"Date": None}
-    with files.complete(path) as temporary:
-        figure.savefig(temporary, format=file_format, dpi=150, metadata=metadata)
+    files.save(path, partial(figure.savefig, format=file_format, dpi=150, metadata=metadata))
 
 
 def draw(folder, file_format: str | None = None) -> list[Path]:

@@ -1,30 +1,42 @@
-"""One run's results folder, its tables and its trackers.
+"""One run's results folder: its tables, its log, its state; starting and resuming it.
 
-Every number is first written to a table in the folder; trackers (wandb) show the same numbers
-under the same names and can never stop a run.
+Every number is first written to a table in the folder; trackers show the same numbers under the
+same names and can never stop a run. `status.json` says how far the run is:
+
+- state: running, stopped (by a signal), failed, done. A run that was killed says running.
+- phase: what is being done, one of `PHASES`; error: the last one's first line;
+- id: of the run on wandb; summary: the final metrics so far.
 """
 
 import csv
 import importlib.metadata
+import io
 import json
 import logging
 import logging.handlers
 import math
 import os
 import platform
+import secrets
+import shlex
+import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
+import filelock
 import numpy as np
 import yaml
 
+import config as configuration
 import files
+from command import Stopped
 from config import Config
-from errors import UserError
+from errors import ConfigError, StorageError, UserError
 
 log = logging.getLogger(f"spurious.{__name__}")
 
@@ -35,7 +47,8 @@ PACKAGES = (
     "torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "pandas", "matplotlib",
     "scikit-learn", "wandb",
 )  # fmt: skip
-WANDB_TIMEOUT = 5  # seconds; wandb's own without a network is over 90
+PHASES = ("training", "DFR", "plots", "done")
+REWOUND = ("training_history", "analysis")  # tables that a checkpoint says the length of
 
 
 class Table:
@@ -43,39 +56,41 @@ class Table:
 
     def __init__(self, path, columns):
         self.columns = list(columns)
-        self.file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115, closed by the run
-        self.writer = csv.writer(self.file, lineterminator="\n")
-        self.writer.writerow(self.columns)
-        self.file.flush()
+        self.file = files.Growing(path)
+        if not self.file.size:
+            self._write([self.columns])
 
     def add(self, rows) -> None:
-        """Append rows (mappings with exactly the table's columns) and flush."""
+        """Append rows (mappings with exactly the table's columns), all of them or none."""
         for row in rows:
             if len(row) != len(self.columns):
                 raise ValueError(f"columns {sorted(row)} do not fit {self.columns}")
-            self.writer.writerow([row[column] for column in self.columns])
-        self.file.flush()
+        self._write([[row[column] for column in self.columns] for row in rows])
 
-    def close(self) -> None:
-        self.file.close()
+    def _write(self, lines) -> None:
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows(lines)
+        self.file.append(text.getvalue().encode())
 
 
 class Run:
     """An open results folder: tables, log file, trackers.
 
-    Use as a context manager; leaving it closes everything.
+    Use as a context manager; leaving it closes everything and says in `status.json` how it ended.
+    Raises `UserError` when another process has it open.
     """
 
     def __init__(self, folder: Path, config: Config):
         self.folder, self.config = folder, config
+        self._lock = _lock(folder)
+        status = read_status(folder)
+        self.id, self.phase, self.summary = status["id"], status["phase"], status["summary"]
         self.tables: dict[str, Table] = {}
         self.trackers: list = []
-        self.summary: dict[str, float] = {}
-        self.failed = True  # until the pipeline says otherwise
-        handler = logging.FileHandler(folder / "run.log", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        self._handler = handler
-        logging.getLogger("spurious").addHandler(handler)
+        self.state = "running"
+        self._handler = _LogFile(folder / "run.log", encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.getLogger("spurious").addHandler(self._handler)
 
     def __enter__(self) -> "Run":
         return self
@@ -83,11 +98,54 @@ class Run:
     def __exit__(self, kind, error, traceback) -> None:
         if error is not None:
             self._log_end(kind, error, traceback)
+            self._say_how_it_ended(error)
         for table in self.tables.values():
-            table.close()
-        self._each_tracker("finish", self.summary, self.failed)
+            table.file.close()
+        self._each_tracker("finish", self.summary, self.state != "done")
         logging.getLogger("spurious").removeHandler(self._handler)
         self._handler.close()
+        if self._lock:
+            self._lock.release()
+
+    def enter(self, phase: str) -> None:
+        """From here on, a resumed run starts with this phase."""
+        self.phase = phase
+        self.state = "done" if phase == "done" else "running"
+        write_status(self.folder, self.state, phase, self.id, self.summary)
+
+    def _say_how_it_ended(self, error) -> None:
+        self.state = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        try:
+            write_status(self.folder, self.state, self.phase, self.id, self.summary, reason)
+        except StorageError as second:
+            log.warning("%s", second)
+        if not getattr(error, "final", False):
+            error.add_note("To resume:")
+            error.add_note(f"python main.py --resume {shlex.quote(str(self.folder))}")
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the tables that training writes, for `rewind`."""
+        return {name: self.tables[name].file.size for name in REWOUND if name in self.tables}
+
+    def sync(self) -> None:
+        """Wait until the tables are on the disk, so that a checkpoint can rely on them."""
+        for table in self.tables.values():
+            table.file.sync()
+
+    def holds(self, sizes: dict[str, int]) -> bool:
+        """Whether the tables are at least as long as when their `sizes` were taken."""
+        paths = {name: self.folder / f"{name}.csv" for name in sizes}
+        return all(paths[n].exists() and paths[n].stat().st_size >= sizes[n] for n in sizes)
+
+    def rewind(self, sizes: dict[str, int]) -> None:
+        """Remove the rows that training wrote after `sizes` were taken: it writes them again."""
+        for name in REWOUND:
+            path = self.folder / f"{name}.csv"
+            if name in sizes:
+                os.truncate(path, sizes[name])
+            else:
+                path.unlink(missing_ok=True)
 
     def keep_log(self, early: logging.handlers.MemoryHandler) -> None:
         """Write the lines that were logged before there was a folder to `run.log`."""
@@ -98,12 +156,15 @@ class Run:
 
     def save_data(self, count_rows: list[dict], samples: dict) -> None:
         """Write `group_counts.csv` and, if wanted, `samples.npz`."""
-        self.table("group_counts", COUNT_COLUMNS).add(count_rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COUNT_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(count_rows)
+        files.write_text(self.folder / "group_counts.csv", text.getvalue())
         for row in count_rows:
             log.info("%(split)-5s %(count)6d × %(name)s", row)
         if self.config.show_and_save_samples:
-            with files.complete(self.folder / "samples.npz") as temporary:
-                np.savez(temporary, **samples)
+            files.save(self.folder / "samples.npz", lambda file: np.savez(file, **samples))
 
     def _log_end(self, kind, error, traceback) -> None:
         """Why the run ended, to `run.log` only: the console is told by the command."""
@@ -174,24 +235,133 @@ class Run:
                 self.trackers.remove(tracker)
 
 
+class _LogFile(logging.FileHandler):
+    """`run.log`; when it cannot be written, that is told once, and the tables decide."""
+
+    told = False
+
+    def handleError(self, record):
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            raise
+        if not self.told:
+            self.told = True
+            print(f"{self.baseFilename}: cannot be written, {error.strerror}", file=sys.stderr)
+
+
+def _lock(folder: Path) -> filelock.BaseFileLock | None:
+    """The run's lock, which ends with the process. Raises `UserError` when another has it."""
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{folder}: in use by another process; wait for it or stop it") from None
+    except NotImplementedError:  # some network file systems
+        log.warning("%s: no file locks here, so take care not to resume a running run", folder)
+        return None
+    return lock
+
+
+def write_status(folder, state, phase, run_id, summary, error: str | None = None) -> None:
+    """Write `status.json`."""
+    shown = {name: value if math.isfinite(value) else None for name, value in summary.items()}
+    status = {"state": state, "phase": phase, "error": error, "id": run_id, "summary": shown}
+    files.write_text(folder / "status.json", json.dumps(status, indent=2, allow_nan=False) + "\n")
+
+
+def read_status(folder) -> dict:
+    """What `status.json` says. Raises `UserError` if it is not there or not readable."""
+    path = Path(folder) / "status.json"
+    try:
+        status = json.loads(path.read_text(encoding="utf-8"))
+        summary = {k: math.nan if v is None else float(v) for k, v in status["summary"].items()}
+        known = status["phase"] in PHASES and isinstance(status["id"], str)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not readable, so this is no run to resume ({error})") from None
+    if not known:
+        raise UserError(f"{path}: the phase is none of {', '.join(PHASES)}")
+    return status | {"summary": summary}
+
+
 def start(config: Config, device: str, command: list[str], features: dict | None = None) -> Run:
     """A new results folder `<experiment_name>_<time>`, never an existing one.
 
-    It appears by a rename with `config_used.yaml` and `environment.json` inside. features: what
-    the feature extractor tells of itself. Raises `UserError` when it cannot be made.
+    It appears by a rename with `config_used.yaml`, `environment.json` and `status.json` inside.
+    features: what the feature extractor tells of itself. Raises `UserError` when it cannot be made.
     """
     results = Path(config.results_dir)
+    fresh = None
     try:
         results.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=results))
         fresh.chmod(0o755)
         files.write_text(fresh / "config_used.yaml", config_yaml(config))
         facts = environment(config, device, command) | {"features": features}
-        files.write_text(fresh / "environment.json", json.dumps(facts, indent=2) + "\n")
+        _write_environment(fresh, facts)
+        write_status(fresh, "running", PHASES[0], secrets.token_hex(4), {})
         folder = _rename_to_unique(fresh, results / f"{config.experiment_name}_{_now()}")
     except OSError as error:
         raise UserError(f"results_dir: {results} cannot be written, {error.strerror}") from None
+    finally:
+        if fresh:
+            shutil.rmtree(fresh, ignore_errors=True)
     return Run(folder, config)
+
+
+def _write_environment(folder: Path, facts: dict) -> None:
+    files.write_text(folder / "environment.json", json.dumps(facts, indent=2) + "\n")
+
+
+def load_to_resume(folder: Path, config_file: str | None, overrides) -> tuple[Config, str]:
+    """(configuration, phase to start with) for resuming a run.
+
+    config_file: None = the run's own `config_used.yaml`. The phase is "done" if there is nothing
+    left to do. Raises `ConfigError` for every key with a change that would change the results.
+    """
+    used = folder / "config_used.yaml"
+    if not used.is_file():
+        raise ConfigError(f"--resume: given {folder}, but there is no {used}")
+    old = configuration.load_config(used)
+    new = configuration.load_config(config_file or used, overrides)
+    problems = configuration.changes_results(old, new)
+    if problems:
+        raise ConfigError(*problems)
+    phase = read_status(folder)["phase"]
+    if new.epochs > old.epochs:
+        phase = PHASES[0]
+    elif phase == "done" and new.plot_format != old.plot_format:
+        phase = "plots"
+    return new, phase
+
+
+def resume(folder: Path, phase: str, config: Config, device: str, command: list[str]) -> Run:
+    """The run in this folder, open to go on with `phase`; see `load_to_resume`."""
+    run = Run(folder, config)
+    for place in (folder, folder / "checkpoints", folder / "plots"):
+        files.remove_temporaries(place)
+    timings = folder / "timings.csv"
+    if timings.exists():
+        files.cut_torn_line(timings)
+    path = folder / "environment.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    now = environment(config, device, command)
+    for change in _differences(facts, now):
+        log.warning("%s: was %s, is %s; the results may differ in the last digits", *change)
+    facts.setdefault("resumed", []).append(now)
+    files.write_text(folder / "config_used.yaml", config_yaml(config))
+    _write_environment(folder, facts)
+    run.enter(phase)
+    return run
+
+
+def _differences(before: dict, now: dict):
+    """What of the environment decides about the last digits and has changed."""
+    for name in ("git_commit", "device", "device_name", "threads"):
+        if before[name] != now[name]:
+            yield name, before[name], now[name]
+    for package in ("torch", "numpy", "scikit-learn"):
+        if before["versions"][package] != now["versions"][package]:
+            yield package, before["versions"][package], now["versions"][package]
 
 
 def _now() -> str:
@@ -250,88 +420,3 @@ def _git(*arguments) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-class Wandb:
-    """Shows a run on Weights & Biases, with the epoch as x-axis."""
-
-    def __init__(self, run):
-        self.run = run
-        run.define_metric("epoch")
-        run.define_metric("*", step_metric="epoch")
-
-    def log(self, epoch: int, values: dict) -> None:
-        # NaN would end the axes of wandb's charts; the tables keep it.
-        shown = {name: value for name, value in values.items() if _finite(value)}
-        self.run.log(shown | {"epoch": epoch})
-
-    def images(self, paths) -> None:
-        import wandb
-
-        if any(path.suffix != ".png" for path in paths):
-            log.warning("wandb: shows no SVG; plot_format: png has the plots there, too")
-        else:
-            self.run.log({f"plots/{path.stem}": wandb.Image(str(path)) for path in paths})
-
-    def finish(self, summary: dict, failed: bool) -> None:
-        self.run.summary.update({k: v for k, v in summary.items() if _finite(v)})
-        self.run.finish(exit_code=int(failed))
-
-
-def _finite(value) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def start_wandb(config: Config, folder: Path) -> Wandb | None:
-    """A wandb run as the configuration asks for, or None with one warning.
-
-    Never waits longer than a few seconds: without a key it goes offline at once, without a
-    network after `WANDB_TIMEOUT`.
-    """
-    if not config.wandb.enable:
-        return None
-    try:
-        import wandb
-
-        mode = os.environ.get("WANDB_MODE", "auto")
-        mode = config.wandb.mode if config.wandb.mode != "auto" else mode
-        if mode in ("auto", "online") and not _logged_in(wandb):
-            if mode == "online":
-                log.warning("wandb: not logged in (`wandb login`), so this run is kept offline")
-            mode = "offline"
-        mode = "online" if mode == "auto" else mode
-        try:
-            run = _init_wandb(wandb, config, folder, mode)
-        except wandb.errors.Error as error:
-            if mode != "online":
-                raise
-            log.warning("wandb: no connection, so this run is kept offline (%s)", error)
-            mode, run = "offline", _init_wandb(wandb, config, folder, "offline")
-        if mode == "offline":
-            log.info("wandb: offline; to upload: wandb sync %s", Path(run.dir).parent)
-        elif mode == "online":
-            log.info("wandb: %s", run.url)
-        return Wandb(run)
-    except Exception as error:  # a tracker must never stop a run
-        log.warning("wandb: not used, %s", error)
-        return None
-
-
-def _logged_in(wandb) -> bool:
-    try:
-        return wandb.login(prompt=False, verify=False)
-    except (wandb.errors.Error, ValueError) as error:  # a key that cannot be one
-        log.warning("wandb: the key is not usable (%s)", error)
-        return False
-
-
-def _init_wandb(wandb, config: Config, folder: Path, mode: str):
-    return wandb.init(
-        project=config.wandb.project,
-        entity=config.wandb.entity,
-        name=folder.name,
-        config=config.resolved(),
-        dir=str(folder),
-        mode=mode,
-        settings=wandb.Settings(init_timeout=WANDB_TIMEOUT, silent=True, console="off"),
-    )

@@ -2,12 +2,19 @@
 
 Every epoch, 0 (before the first step) included, ends with a row in `training_history.csv` and,
 when analyses are due, their rows in `analysis.csv`.
+
+A checkpoint holds the state after a whole step, and how long the tables were when the last whole
+epoch was recorded. Training that goes on from it repeats, bit for bit, what an uninterrupted one
+does: batches derive from (seed, epoch), so no generator's state has to survive.
 """
 
 import logging
 import math
+import pickle
 import sys
 import time
+import zipfile
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +25,7 @@ import files
 import methods
 import metrics
 from analysis import Analyses
+from command import Stopped, whole_step
 from config import Config, derive_seed
 from data_loader import Split, Splits
 from errors import UserError
@@ -26,11 +34,14 @@ from model import parameter_groups
 log = logging.getLogger(f"spurious.{__name__}")
 
 KEPT_CHECKPOINTS = 2
+STATE = {"epoch", "step", "model", "optimizer", "method", "summaries", "table_sizes"}
 PLAIN_LINES = 100  # at most about so many progress lines where there is no terminal
 
 
 class Diverged(UserError):
     """The loss became infinite or NaN; the tables up to there are kept."""
+
+    final = True  # resuming would only repeat it
 
 
 def build_optimizer(model, config: Config) -> torch.optim.Optimizer:
@@ -46,15 +57,24 @@ def build_optimizer(model, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
-def minibatch_epoch(model, optimizer, split: Split, loss, batch_size: int, seed: int) -> None:
-    """One pass over the split in random batches; every step follows the batch's mean loss."""
+def minibatch_epoch(
+    model, optimizer, split: Split, loss, batch_size: int, seed: int, first=0, after_step=None
+) -> None:
+    """One pass over the split in random batches; every step follows the batch's mean loss.
+
+    first: steps to leave out; after_step(i): called after the i-th step, as a part of it.
+    """
     model.train()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(split), generator=generator).to(split.y.device)
-    for _, index, x in metrics.batches(split, enumerate(order.split(batch_size))):
-        optimizer.zero_grad()
-        loss.value(model(x), split.y[index]).mean().backward()
-        optimizer.step()
+    plan = list(enumerate(order.split(batch_size), 1))[first:]
+    for i, index, x in metrics.batches(split, plan):
+        with whole_step():
+            optimizer.zero_grad()
+            loss.value(model(x), split.y[index]).mean().backward()
+            optimizer.step()
+            if after_step:
+                after_step(i)
 
 
 def full_batch_step(model, optimizer, split: Split, loss, weights, batch_size: int) -> None:
@@ -71,8 +91,9 @@ def full_batch_step(model, optimizer, split: Split, loss, weights, batch_size: i
 def train(model, splits: Splits, config: Config, run) -> dict[str, dict[str, float]]:
     """Train the network and record everything in the run (a `tracking.Run`).
 
-    Returns the last epoch's summaries (see `metrics.summary`) by split. Raises `Diverged` when
-    the loss turns NaN or infinite, after recording that epoch.
+    Goes on from the run's last checkpoint, if there is one. Returns the last epoch's summaries
+    (see `metrics.summary`) by split. Raises `Diverged` when the loss turns NaN or infinite, after
+    recording that epoch.
     """
     return _Training(model, splits, config, run).all_epochs()
 
@@ -95,70 +116,89 @@ class _Training:
             and config.jacobian_num_samples is None
             and config.gradient_gram_num_samples is None
         )
-        self.summaries: dict[str, dict[str, float]] = {}
+        self.epoch = -1  # the last one that is recorded
+        self.step = 0  # steps done since then
+        self.summaries: dict[str, dict[str, float]] = {}  # of the last recorded epoch
+        self.sizes: dict[str, int] = {}  # of the tables then
         self.grams: dict[int, tuple] = {}  # epoch -> (K, K_jacobian)
 
     def all_epochs(self):
+        self.restore()
         try:
-            with _Progress(self.config.epochs) as progress:
-                for epoch in range(self.config.epochs + 1):
+            with _Progress(self.epoch, self.config.epochs) as progress:
+                while self.epoch < self.config.epochs:
+                    epoch = self.epoch + 1
                     if epoch:
                         with self.run.timed("training", epoch):
                             self.train_epoch(epoch)
                     with self.run.timed("evaluation and analyses", epoch):
                         self.record(epoch)
                     progress.show(epoch, self.summaries)
-                    self.checkpoint(epoch)
-        finally:
+                    if self.checkpoint_is_due():
+                        self.checkpoint()
+        except Stopped:
+            with whole_step():
+                self.checkpoint()
+            raise
+        except Diverged:
             self.save_grams()
-        with files.complete(self.run.folder / "model.pt") as temporary:
-            _save(self.model.state_dict(), temporary)
+            raise
+        if self.plain_step:
+            # Of the last epoch; a longer run, resumed from the last checkpoint, knows it.
+            self.run.analysis(self.analyses.measured_rows(self.epoch, lambda *_: math.nan))
+        files.save(self.run.folder / "model.pt", partial(torch.save, self.model.state_dict()))
         return self.summaries
 
     def train_epoch(self, epoch: int) -> None:
         train, config = self.splits.train, self.config
-        losses = metrics.group_losses(self.summaries["train"])
-        self.method.advance(losses)
-        if self.full_batch:
-            full_batch_step(
-                self.model, self.optimizer, train, self.loss, self.weights, config.eval_batch_size
-            )
-        else:
+        if not self.full_batch:
             seed = derive_seed(config.seed, "batches", epoch)
             minibatch_epoch(
-                self.model, self.optimizer, train, self.loss, config.train_batch_size, seed
-            )
+                self.model, self.optimizer, train, self.loss, config.train_batch_size, seed,
+                first=self.step, after_step=partial(setattr, self, "step"),
+            )  # fmt: skip
+        elif self.step == 0:
+            losses = metrics.group_losses(self.summaries["train"])
+            weights = self.method.flow_weights(losses, train.counts)
+            with whole_step():
+                self.method.advance(losses)
+                full_batch_step(
+                    self.model, self.optimizer, train, self.loss, weights, config.eval_batch_size
+                )
+                self.step = 1
 
     def record(self, epoch: int) -> None:
         """Evaluate, analyse what is due, write the rows."""
-        before, config = self.summaries, self.config
         measurement = self.analyses.measure(self.model, epoch)
-        self.summaries = self.evaluate(measurement)
-        losses = metrics.group_losses(self.summaries["train"])
-        finite = math.isfinite(self.summaries["train"]["avg_loss"])
+        summaries = self.evaluate(measurement)
+        losses = metrics.group_losses(summaries["train"])
+        finite = math.isfinite(summaries["train"]["avg_loss"])
         train = self.splits.train
-        # The weights of the step from here to the next epoch.
-        self.weights = (
+        # Of the step from here to the next epoch.
+        weights = (
             self.method.flow_weights(losses, train.counts) if finite else [math.nan] * len(losses)
         )
         row = {"epoch": epoch}
-        for name, summary in self.summaries.items():
+        for name, summary in summaries.items():
             row |= {f"{name}_{quantity}": value for quantity, value in summary.items()}
-        row |= {f"flow_weight_{g}": weight for g, weight in enumerate(self.weights)}
+        row |= {f"flow_weight_{g}": weight for g, weight in enumerate(weights)}
         self.run.history(row)
         if epoch and self.plain_step:
-            self.run.analysis(self.analyses.measured_rows(epoch - 1, self.change_since(before)))
+            change = self.change(self.summaries, summaries)
+            self.run.analysis(self.analyses.measured_rows(epoch - 1, change))
         if not finite:
-            raise self.diverged(epoch)
+            raise self.diverged(epoch, summaries["train"]["avg_loss"])
         self.run.analysis(self.analyses.rows(measurement, self.method, losses))
-        if epoch == config.epochs or not self.plain_step:
-            unknown = self.analyses.measured_rows(epoch, lambda *_: math.nan)
-            self.run.analysis(unknown)
+        if not self.plain_step:
+            self.run.analysis(self.analyses.measured_rows(epoch, lambda *_: math.nan))
         if measurement.K is not None or measurement.K_jacobian is not None:
             self.grams[epoch] = (measurement.K, measurement.K_jacobian)
+        with whole_step():
+            self.epoch, self.step, self.summaries = epoch, 0, summaries
+            self.sizes = self.run.sizes()
 
-    def diverged(self, epoch: int) -> Diverged:
-        loss, rate = self.summaries["train"]["avg_loss"], self.config.learning_rate
+    def diverged(self, epoch: int, loss: float) -> Diverged:
+        rate = self.config.learning_rate
         if epoch == 0:
             return Diverged(
                 f"activation_function: the training loss of the untrained network is {loss} (epoch "
@@ -180,7 +220,7 @@ class _Training:
             summaries[name] = metrics.summary(f, split, self.loss, self.splits.train.shares)
         return summaries
 
-    def change_since(self, before):
+    def change(self, before, after):
         """change(side, g1, g2): what one step did to the loss gap, by the learning rate."""
 
         def gap(summaries, side, g1, g2):
@@ -188,27 +228,52 @@ class _Training:
             return losses[g1] - losses[g2]
 
         def change(side, g1, g2):
-            now, then = gap(self.summaries, side, g1, g2), gap(before, side, g1, g2)
+            now, then = gap(after, side, g1, g2), gap(before, side, g1, g2)
             return (now - then) / self.config.learning_rate
 
         return change
 
-    def checkpoint(self, epoch: int) -> None:
+    def checkpoint_is_due(self) -> bool:
         every = self.config.checkpoint_every
-        if not every or epoch == 0 or epoch % every:
+        last = self.epoch == self.config.epochs
+        return last or bool(every and self.epoch and self.epoch % every == 0)
+
+    def checkpoint(self) -> None:
+        """Write the state after the last whole step, unless nothing is recorded yet."""
+        if self.epoch < 0:
             return
         folder = self.run.folder / "checkpoints"
         folder.mkdir(exist_ok=True)
+        self.save_grams()
+        self.run.sync()
         state = {
-            "epoch": epoch,
+            "epoch": self.epoch,
+            "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state(),
+            "summaries": self.summaries,
+            "table_sizes": self.sizes,
         }
-        with files.complete(folder / f"epoch_{epoch:07d}.pt") as temporary:
-            _save(state, temporary)
+        # Names sort by age: a step is written while its epoch is not yet over.
+        name = f"epoch_{self.epoch:07d}_step_{self.step:09d}.pt"
+        files.save(folder / name, partial(torch.save, state))
         for old in sorted(folder.glob("epoch_*.pt"))[:-KEPT_CHECKPOINTS]:
             old.unlink()
+
+    def restore(self) -> None:
+        """Go on from the last checkpoint, or from the beginning if there is none."""
+        state = read_checkpoint(self.run.folder / "checkpoints", self.run)
+        self.run.rewind(state["table_sizes"] if state else {})
+        if state is None:
+            return
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.method.load_state(state["method"])
+        self.epoch, self.step, self.summaries = state["epoch"], state["step"], state["summaries"]
+        self.sizes = state["table_sizes"]
+        self.load_grams()
+        log.info("Going on from epoch %d%s", self.epoch, f", step {self.step}" * bool(self.step))
 
     def save_grams(self) -> None:
         """Write `gram.npz`: epochs (E,), labels (16,), K (E, 16, 16).
@@ -228,21 +293,54 @@ class _Training:
         arrays["K"] = stacked(0)
         if not self.analyses.one_pass:
             arrays["K_jacobian"] = stacked(1)
-        with files.complete(self.run.folder / "gram.npz") as temporary:
-            np.savez(temporary, **arrays)
+        files.save(self.run.folder / "gram.npz", lambda file: np.savez(file, **arrays))
+
+    def load_grams(self) -> None:
+        """Take back what `save_grams` wrote, up to the checkpoint's epoch."""
+        path = self.run.folder / "gram.npz"
+        if not path.exists():
+            return
+        with np.load(path, allow_pickle=False) as kept:
+            K, K_jacobian = kept["K"], kept.get("K_jacobian", [None] * len(kept["K"]))
+            for epoch, *Ks in zip(kept["epochs"].tolist(), K, K_jacobian):
+                if epoch <= self.epoch:
+                    self.grams[epoch] = tuple(Ks)
 
 
-def _save(state: dict, path) -> None:
-    # Through an open file: by name, torch would write the temporary name into the file.
-    with open(path, "wb") as file:
-        torch.save(state, file)
+def read_checkpoint(folder, run) -> dict | None:
+    """The newest checkpoint that can be read and whose tables are there; None if there is none.
+
+    Raises `UserError` when there are checkpoints, but none of use.
+    """
+    paths = sorted(folder.glob("epoch_*.pt"), reverse=True)
+    for path in paths:
+        try:
+            state = _load(path)
+        except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
+            log.warning("%s: not readable (%s)", path, str(error).partition("\n")[0])
+            continue
+        if run.holds(state["table_sizes"]):
+            return state
+        log.warning("%s: not used, the tables are shorter than they were then", path)
+    if paths:
+        raise UserError(f"{folder}: no checkpoint of use; to start over, remove this folder")
+    return None
+
+
+def _load(path) -> dict:
+    if not zipfile.is_zipfile(path):  # torch's older formats are pickles as a whole
+        raise ValueError("not a whole checkpoint")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or set(state) != STATE:
+        raise ValueError(f"has not what a checkpoint has: {', '.join(sorted(STATE))}")
+    return state
 
 
 class _Progress:
     """One live bar on a terminal, plain log lines elsewhere."""
 
-    def __init__(self, epochs: int):
-        self.epochs, self.live = epochs, sys.stderr.isatty()
+    def __init__(self, done: int, epochs: int):
+        self.done, self.epochs, self.live = done, epochs, sys.stderr.isatty()
         self.every = 1 if self.live else max(1, math.ceil(epochs / PLAIN_LINES))
         self.start = time.perf_counter()
 
@@ -268,6 +366,7 @@ class _Progress:
             self.bar.n = epoch
             self.bar.set_description_str(text)
         if epoch % self.every == 0 or epoch == self.epochs:
-            left = (time.perf_counter() - self.start) / (epoch + 1) * (self.epochs - epoch)
+            each = (time.perf_counter() - self.start) / (epoch - self.done)
+            left = each * (self.epochs - epoch)
             level = logging.DEBUG if self.live else logging.INFO
             log.log(level, "epoch %d/%d  %s  %.0f s left", epoch, self.epochs, text, left)

@@ -27,3 +27,6 @@ class ERM:
     def state(self) -> dict:
         """What a checkpoint has to hold of the method."""
         return {}
+
+    def load_state(self, state: dict) -> None:
+        """Take back what `state` gave."""

@@ -40,3 +40,6 @@ class GroupDRO(ERM):
 
     def state(self) -> dict:
         return {"log_q": self.log_q}
+
+    def load_state(self, state: dict) -> None:
+        self.log_q = state["log_q"]

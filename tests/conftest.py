@@ -77,6 +77,18 @@ class FakeRun:
 
         return contextlib.nullcontext()
 
+    def sizes(self):
+        return {}
+
+    def sync(self):
+        pass
+
+    def holds(self, sizes):
+        return True
+
+    def rewind(self, sizes):
+        pass
+
     def values(self, analysis, quantity, split):
         """{(epoch, pair): value} of one quantity."""
         wanted = {"analysis": analysis, "quantity": quantity, "split": split}

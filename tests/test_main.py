@@ -53,7 +53,7 @@ def run(tmp_path, data_dir, capsys):
 FILES = {
     "config_used.yaml", "environment.json", "run.log", "training_history.csv", "analysis.csv",
     "gram.npz", "dfr_results.json", "dfr_results.txt", "group_counts.csv", "model.pt",
-    "dfr_model.npz", "samples.npz", "timings.csv", "plots",
+    "dfr_model.npz", "samples.npz", "timings.csv", "plots", "checkpoints", "status.json", ".lock",
 }  # fmt: skip
 PLOTS = {
     "training_history", "group_curves", "gaps", "gradient_basis", "gap_dynamics_factors",
@@ -134,6 +134,21 @@ def test_equal_runs_are_equal_files(run):
     _, other, _ = run("seed=1")
     name = "training_history.csv"
     assert (first / name).read_bytes() != (other / name).read_bytes()
+
+
+def test_threads_and_batches_of_evaluation_change_the_last_digits_only(run):
+    _, reference, _ = run()
+    expected = pd.read_csv(reference / "training_history.csv")
+    threads = torch.get_num_threads()
+    for count, overrides in ((threads, ["eval_batch_size=7"]), (threads % 2 + 1, [])):
+        torch.set_num_threads(count)
+        try:
+            _, folder, _ = run(*overrides)
+        finally:
+            torch.set_num_threads(threads)
+        history = pd.read_csv(folder / "training_history.csv")
+        losses = [name for name in history if "loss" in name]
+        assert np.allclose(history[losses], expected[losses], rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize(

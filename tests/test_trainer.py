@@ -1,6 +1,7 @@
 """The loop: what theory predicts against what a step does, rows, checkpoints, divergence."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ def run(fake_run, settings, splits=None, dtype=torch.float64, **keys):
     config = settings(**({"train_batch_size": None, "learning_rate": 1e-5, "epochs": 3} | keys))
     splits = make_splits() if splits is None else splits
     net = model.build(config, splits.train.inputs.shape[1:]).to(dtype)
+    shutil.rmtree(fake_run.folder / "checkpoints", ignore_errors=True)  # a run from the start
     trainer.train(net, splits, config, fake_run)
     return net
 
@@ -157,10 +159,10 @@ def test_divergence_names_epoch_and_rate_and_keeps_the_rows(fake_run, settings, 
 def test_checkpoints_are_the_last_two_and_load_safely(fake_run, settings):
     net = run(fake_run, settings, epochs=7, checkpoint_every=2, debias_method="GroupDRO")
     found = sorted(p.name for p in (fake_run.folder / "checkpoints").iterdir())
-    assert found == ["epoch_0000004.pt", "epoch_0000006.pt"]
+    assert found == ["epoch_0000006_step_000000000.pt", "epoch_0000007_step_000000000.pt"]
     state = torch.load(fake_run.folder / "checkpoints" / found[1], weights_only=True)
-    assert state["epoch"] == 6
-    assert set(state) == {"epoch", "model", "optimizer", "method"}
+    assert (state["epoch"], state["step"]) == (7, 0)
+    assert set(state) == trainer.STATE
     assert len(state["method"]["log_q"]) == 4
     weights = torch.load(fake_run.folder / "model.pt", weights_only=True)
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in weights.items())
