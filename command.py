@@ -13,6 +13,7 @@ import threading
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 
+import files
 from errors import ConfigError, UserError
 
 STOPPING = [
@@ -57,6 +58,12 @@ def exit_code(command) -> int:
         command()
     except UserError as error:
         _say(*error.problems, *_notes(error))
+        return 2
+    except OSError as error:
+        # Permissions, a full or read-only disk: not a fault of the program.
+        if error.errno not in files.REFUSALS or not error.filename:
+            raise
+        _say(f"{error.filename}: {error.strerror}", *_notes(error))
         return 2
     except Stopped as error:
         _say(f"Stopped by {signal.Signals(error.signum).name}.", *_notes(error))

@@ -178,6 +178,19 @@ def test_a_second_interrupt_stops_at_once():
     assert ends == ["terminated"]
 
 
+@pytest.mark.parametrize(("number", "told"), [(errno.EROFS, 2), (errno.ENOTDIR, None)])
+def test_what_the_disk_refuses_elsewhere_is_told_too(capsys, number, told):
+    def command():
+        raise OSError(number, os.strerror(number), "/some/place")
+
+    if told is None:
+        with pytest.raises(OSError, match="place"):
+            exit_code(command)
+    else:
+        assert exit_code(command) == told
+        assert capsys.readouterr().err == "/some/place: Read-only file system\n"
+
+
 def test_whole_steps_are_whole_and_the_handlers_are_given_back():
     before, done = signal.getsignal(signal.SIGTERM), []
     with pytest.raises(Stopped), stop_signals(), whole_step():
