@@ -5,11 +5,15 @@ m_g = E_g[∇f] the mean Jacobian of the scalar output f. Stack the eight vector
 V ∈ R^{8×P}. Every analysis here is bilinear in V, so it needs only K = V Vᵀ. With training and
 test stacked (16×16), the flow of the test gap under the training gradient is exact, too.
 
-How K is computed. A layer z = c·W h + c_b·b has, for sample weights w_i, the gradient
-c·Σ_i w_i s_i h_iᵀ with the sensitivities s = ∂f/∂z. One forward and one backward pass of Σ f give
-h and s of every sample; ∇_g takes the weights ℓ'(f,y)/n_g and m_g takes 1/n_g, so both are one
-matrix product. K adds up over parameter tensors and over output units of a tensor, not over
-batches: what is kept over the batches are the sums of the eight rows, never a gradient per sample.
+How K is computed. Both kinds of rows are Σ_i w_i ∇f_i over the samples of a group: ∇_g takes the
+weights ℓ'(f,y)/n_g and m_g takes 1/n_g. K adds up over parameter tensors and over output units of
+a tensor, not over batches: what is kept over the batches are the sums of the eight rows, never a
+gradient per sample. In an MLP a layer z = c·W h + c_b·b has the gradient c·Σ_i w_i s_i h_iᵀ with
+the sensitivities s = ∂f/∂z: one forward and one backward pass of Σ f give h and s of every sample,
+and each kind of row is one matrix product. Other networks take one backward pass for each kind.
+
+The network is in evaluation mode: the gradients are those of the function that is evaluated, in
+which batch norm has its running statistics, and measuring leaves these as they are.
 
 Empty groups have rows of NaN; a quantity is NaN when it gives a weight to one of them.
 """
@@ -25,6 +29,7 @@ import metrics
 from config import ANALYSES, Config, derive_seed
 from data_loader import Split, Splits
 from metrics import Loss
+from model import MLP
 
 GRADIENT, JACOBIAN = 0, 1  # the two kinds of rows: ∇_g and m_g
 SIDES = ("train", "test")
@@ -51,33 +56,42 @@ def gram_matrix(model, splits, loss: Loss, kinds, batch_size: int, memory_bytes:
     kind of row or a group is missing; outputs {side: f (N,)} in the order of each split.
 
     kinds: which of GRADIENT and JACOBIAN are wanted. Memory: the sums take rows × P numbers of
-    the network's type; above `memory_bytes` they are formed in slices of output units, one more
-    pass over the data per slice. Layers must be of the form of `model.ScaledLinear`.
+    the network's type; above `memory_bytes` they are formed in slices, of output units in an MLP
+    and of whole parameter tensors in other networks, one more pass over the data per slice.
     """
     model.eval()
     kinds, sides = sorted(kinds), [side for side in SIDES if side in splits]
-    layers = [layer for layer in model.layers if layer.weight.requires_grad]
     shape = (len(sides), 4, len(kinds))
-    sums = np.zeros((math.prod(shape), math.prod(shape)))
+    rows = math.prod(shape)
+    if isinstance(model, MLP):
+        layers = [layer for layer in model.layers if layer.weight.requires_grad]
+        passes, sums_of = _passes(layers, rows, memory_bytes), _SliceSums
+        accumulate = _accumulate
+    else:
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        passes, sums_of = _tensor_passes(parameters, rows, memory_bytes), _TensorSums
+        accumulate = _accumulate_by_autograd
+    sums = np.zeros((rows, rows))
     outputs = {}
-    for passage in _passes(layers, math.prod(shape), memory_bytes):
-        parts = [_SliceSums(layer, units, shape) for layer, units in passage]
+    for passage in passes:
+        parts = [sums_of(*item, shape) for item in passage]
         for i, side in enumerate(sides):
-            outputs[side] = _accumulate(
+            outputs[side] = accumulate(
                 model, splits[side], parts, loss, kinds, batch_size, side_index=i
             )
         for part in parts:
             sums += part.gram()
+        del parts, part  # before the next ones take their memory
 
     # From (side, group, kind) to the order of the labels, divided by the group sizes.
-    rows, sizes = [], []
+    places, sizes = [], []
     for side in sides:
         for g in range(4):
             for kind in kinds:
-                rows.append(ROWS * SIDES.index(side) + 4 * kind + g)
+                places.append(ROWS * SIDES.index(side) + 4 * kind + g)
                 sizes.append(splits[side].counts[g] or math.nan)
     K = np.full((2 * ROWS, 2 * ROWS), np.nan)
-    K[np.ix_(rows, rows)] = sums / np.outer(sizes, sizes)
+    K[np.ix_(places, places)] = sums / np.outer(sizes, sizes)
     return K, outputs
 
 
@@ -101,6 +115,20 @@ def _passes(layers, rows: int, memory_bytes: float):
             passage.append((layer, slice(start, stop)))
             left -= (stop - start) * cost
             start = stop
+    if passage:
+        yield passage
+
+
+def _tensor_passes(parameters, rows: int, memory_bytes: float):
+    """The same for whole parameter tensors: yields lists of (parameter,)."""
+    passage, left = [], memory_bytes
+    for parameter in parameters:
+        cost = rows * parameter.numel() * parameter.element_size()
+        if cost > left and passage:
+            yield passage
+            passage, left = [], memory_bytes
+        passage.append((parameter,))
+        left -= cost
     if passage:
         yield passage
 
@@ -135,6 +163,22 @@ class _SliceSums:
         return result
 
 
+class _TensorSums:
+    """Sums over samples of the gradients of a parameter tensor.
+
+    gradients: (sides, groups, kinds, *shape of the parameter).
+    """
+
+    def __init__(self, parameter, shape):
+        self.parameter = parameter
+        options = {"device": parameter.device, "dtype": parameter.dtype}
+        self.gradients = torch.zeros(*shape, *parameter.shape, **options)
+
+    def gram(self) -> np.ndarray:
+        """This tensor's share of K before the division by group sizes, in float64."""
+        return _self_product(self.gradients.flatten(3).flatten(0, 2))
+
+
 def _self_product(rows: torch.Tensor) -> np.ndarray:
     """V Vᵀ in float64 for V (rows, P), without a second copy of V."""
     result = torch.zeros(len(rows), len(rows), dtype=torch.float64)
@@ -155,7 +199,7 @@ def _accumulate(model, split: Split, parts, loss: Loss, kinds, batch_size: int, 
     hooks = [layer.register_forward_hook(remember) for layer in wanted]
     try:
         collected = []
-        plan = metrics.group_batches(split, batch_size)
+        plan = metrics.group_batches(split, batch_size, model)
         for group, batch, x in metrics.batches(split, plan):
             with torch.enable_grad():
                 f = model(x)
@@ -173,6 +217,30 @@ def _accumulate(model, split: Split, parts, loss: Loss, kinds, batch_size: int, 
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _accumulate_by_autograd(
+    model, split: Split, parts, loss: Loss, kinds, batch_size: int, side_index: int
+):
+    """`_accumulate` for a network of any layers: one backward pass for each kind of row."""
+    parameters = [part.parameter for part in parts]
+    collected = []
+    plan = metrics.group_batches(split, batch_size, model)
+    for group, batch, x in metrics.batches(split, plan):
+        with torch.enable_grad():
+            f = model(x)
+        collected.append(f.detach())
+        for k, kind in enumerate(kinds):
+            weights = torch.ones_like(f)
+            if kind == GRADIENT:
+                weights = loss.derivative(f.detach(), split.y[batch])
+            # A parameter that f does not depend on has the gradient 0.
+            gradients = torch.autograd.grad(
+                f, parameters, weights, retain_graph=kind != kinds[-1], materialize_grads=True
+            )
+            for part, gradient in zip(parts, gradients):
+                part.gradients[side_index, group, k] += gradient
+    return torch.cat(collected)
 
 
 def _rows(side: str, kind: int, weights) -> np.ndarray:

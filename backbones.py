@@ -1,7 +1,8 @@
 """Picture backbones as functions pictures → features, and where their weights come from.
 
 `resolve(config)` checks the configuration against the model, `find_weights` says which file holds
-its weights (fetching it when it can), `build` gives a `Backbone`. No downloaded code is run.
+its weights (fetching it when it can), `build` gives a `Backbone`. `resnet` gives the same ResNets
+and weights for training. No downloaded code is run.
 """
 
 import difflib
@@ -14,7 +15,7 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,13 @@ DINOV2 = {
     "DINOv2_ViT_G_14": "vit_giant_patch14_dinov2.lvd142m",
 }
 RANDOM = "random"
-TRY_RANDOM = "or try things with feature_extractor_weights: random"
+# The keys that name a file with weights, each with the way out when there is none.
+WITHOUT_WEIGHTS = {
+    "feature_extractor_weights": "or try things with feature_extractor_weights: random",
+    "pretrained_weights": "or start from random weights with pretrained: false",
+}
+EXTRACTOR_KEY = "feature_extractor_weights"
+TRY_RANDOM = WITHOUT_WEIGHTS[EXTRACTOR_KEY]
 
 
 @dataclass(frozen=True)
@@ -209,13 +216,17 @@ def find_weights(config: Config, spec: Spec) -> Path | None:
     if given == RANDOM:
         return None
     if given is not None:
-        path = Path(given).expanduser()
-        if not path.is_file():
-            raise DataError(f"feature_extractor_weights: there is no file {path}")
-        return path
+        return _given_file(given, EXTRACTOR_KEY)
     if spec.name in TORCHVISION:
-        return _torchvision_file(spec)
+        return _torchvision_file(spec.name, EXTRACTOR_KEY)
     return _timm_file(spec)
+
+
+def _given_file(given: str, key: str) -> Path:
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise DataError(f"{key}: there is no file {path}")
+    return path
 
 
 def checkpoints() -> Path:
@@ -223,17 +234,16 @@ def checkpoints() -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def _torchvision_file(spec: Spec) -> Path:
-    url = TORCHVISION[spec.name][1].url
+def _torchvision_file(name: str, key: str) -> Path:
+    url = TORCHVISION[name][1].url
     path = checkpoints() / url.rpartition("/")[2]
     if not path.is_file():
         reason = _unreachable(url) or _download(url, path)
         if reason:
             raise DataError(
-                f"feature_extractor_weights: {path.name}, the weights of {spec.name}, is not in "
-                f"{path.parent} and cannot be fetched ({reason}); get {url} where there is a "
-                "network and copy it there, or name the file as feature_extractor_weights, "
-                + TRY_RANDOM
+                f"{key}: {path.name}, the weights of {name}, is not in {path.parent} and cannot "
+                f"be fetched ({reason}); get {url} where there is a network and copy it there, or "
+                f"name the file as {key}, {WITHOUT_WEIGHTS[key]}"
             )
     return path
 
@@ -385,23 +395,46 @@ def build(config: Config, spec: Spec, weights: Path | None, device: str) -> Back
     make = _torchvision_net if spec.name in TORCHVISION else _timm_net
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "backbone"))
-        try:
+        with _unsuitable(weights, spec.name, EXTRACTOR_KEY):
             net = make(config, spec, weights)
-        except (
-            RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError,
-            pickle.UnpicklingError, safetensors.SafetensorError,
-        ) as error:  # fmt: skip
-            if weights is None:
-                raise
-            reason = _first_line(error)
-            if isinstance(error, pickle.UnpicklingError):
-                # torch's own text is a page long and advises to switch the safety off.
-                reason = "not a file of weights only; save model.state_dict(), or as .safetensors"
-            raise DataError(
-                f"feature_extractor_weights: {weights} does not hold the weights of {spec.name} "
-                f"({reason})"
-            ) from None
     return Backbone(net, spec, device, choose_precision(config, device))
+
+
+@contextmanager
+def _unsuitable(weights: Path | None, name: str, key: str):
+    """What goes wrong inside, while weights are loaded, becomes a `DataError`."""
+    try:
+        yield
+    except (
+        RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError,
+        pickle.UnpicklingError, safetensors.SafetensorError,
+    ) as error:  # fmt: skip
+        if weights is None:
+            raise
+        reason = _first_line(error)
+        if isinstance(error, pickle.UnpicklingError):
+            # torch's own text is a page long and advises to switch the safety off.
+            reason = "not a file of weights only; save model.state_dict(), or as .safetensors"
+        raise DataError(
+            f"{key}: {weights} does not hold the weights of {name} ({reason})"
+        ) from None
+
+
+def resnet(config: Config) -> nn.Module:
+    """The ResNet of `model_name`: standardised pictures (B, 3, H, W) → features (B, d) float32.
+
+    With `pretrained` its weights come from `pretrained_weights` or the libraries, else from
+    torch's global generator. Raises `DataError` when they are missing or of another model.
+    """
+    name, weights = config.model_name, None
+    if config.pretrained:
+        given, key = config.pretrained_weights, "pretrained_weights"
+        weights = _torchvision_file(name, key) if given is None else _given_file(given, key)
+        log.info("%s starts from %s, SHA-256 %s", name, weights, file_hash(weights))
+    with _unsuitable(weights, name, "pretrained_weights"):
+        model = _torchvision_model(TORCHVISION[name][0], weights)
+    model.fc = nn.Identity()
+    return model
 
 
 def _first_line(error: BaseException) -> str:
@@ -411,18 +444,25 @@ def _first_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def _torchvision_net(config: Config, spec: Spec, weights: Path | None) -> nn.Module:
-    model = getattr(torchvision.models, spec.architecture)(weights=None)
+def _torchvision_model(architecture: str, weights: Path | None) -> nn.Module:
+    """torchvision's whole model with these weights, its classification head aside."""
+    model = getattr(torchvision.models, architecture)(weights=None)
     if weights is not None:
-        state = _read_state(weights)
+        # The head is not used, so a file may lack it or have one for other classes.
+        heads = ("fc.", "heads.")
+        state = {k: v for k, v in _read_state(weights).items() if not k.startswith(heads)}
         missing, unexpected = model.load_state_dict(state, strict=False)
-        # The classification head is not used, so a file may lack it.
-        missing = [name for name in missing if not name.startswith(("fc.", "heads."))]
+        missing = [name for name in missing if not name.startswith(heads)]
         if missing or unexpected:
             raise RuntimeError(
                 f"{len(missing)} tensors missing, {len(unexpected)} of another model, such as "
                 + (missing + unexpected)[0]
             )
+    return model
+
+
+def _torchvision_net(config: Config, spec: Spec, weights: Path | None) -> nn.Module:
+    model = _torchvision_model(spec.architecture, weights)
     if spec.block is not None:
         return _TorchvisionViT(model, spec)
     layer, _, size = spec.layer.partition("-")

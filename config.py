@@ -31,7 +31,8 @@ VIT_BLOCKS = {
 # Side of the square feature maps that a ResNet's layers make of a picture of 224 pixels.
 RESNET_MAPS = {"layer1": 56, "layer2": 28, "layer3": 14, "layer4": 7}
 RESNETS = ("ResNet18", "ResNet50")
-
+# Networks that are trained on pictures, from the pixels on.
+END_TO_END = ("ConvNet", *RESNETS)
 
 Samples = Annotated[int, Field(ge=0, le=10_000_000)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -58,6 +59,7 @@ ALLOWED = {
     "Text": "text",
     "BackboneName": ", ".join([*RESNETS, *VIT_BLOCKS, "timm:<model name>"]),
     "Weights": "null (the libraries' own pretrained weights), a file (.safetensors, .pth), random",
+    "PretrainedWeights": "null (the libraries' own), a file (.safetensors, .pth)",
     "Epochs": "null (every epoch) or a list of epochs, such as [0, 1, 5]; [] = never",
     "GroupPairs": "a list of pairs of different groups, each [[y, a], [y, a]] with -1 or 1",
 }
@@ -74,7 +76,12 @@ class Section(BaseModel):
     """Strict: no text for numbers, no booleans for numbers, no unknown keys, no infinities."""
 
     model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
+        strict=True,
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        protected_namespaces=(),  # pydantic's own is model_, as in model_name
     )
 
 
@@ -159,6 +166,16 @@ class Config(Section):
     )
     features_cache_dir: Text = key("features_cache", "folder of the extracted features", "Text")
 
+    model_name: Literal["MLP", "ConvNet", "ResNet18", "ResNet50"] = key(
+        "MLP", "the network; all but the MLP are trained end to end on pictures"
+    )
+    latent_size: Annotated[int, Field(ge=1, le=4096)] = key(
+        128, "width of the ConvNet's last hidden layer"
+    )
+    pretrained: bool = key(False, "ResNets start from ImageNet weights, not at random")
+    pretrained_weights: Text | None = key(
+        None, "where those weights come from", "PretrainedWeights"
+    )
     initialization_method: Literal["muP", "NTP"] = key(
         "muP", "parametrisation: maximal update (muP) or neural tangent (NTP)"
     )
@@ -188,7 +205,7 @@ class Config(Section):
     train_batch_size: Count | None = key(
         64, "batch size; null = full batch; IW_uniform and GroupDRO always take the full batch"
     )
-    eval_batch_size: Count = key(1000, "samples at once in evaluation and analyses")
+    eval_batch_size: Count = key(1000, "most samples at once in evaluation and analyses")
     optimizer: Literal["SGD", "Adam"] = key("SGD", "Adam is AdamW")
     learning_rate: Annotated[float, Field(gt=0, le=1e6)] = key(1.0, "learning rate")
     momentum: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "momentum of SGD")
@@ -267,7 +284,7 @@ SECTIONS = {
     "experiment_name": "Run",
     "dataset_name": "Data",
     "use_feature_extractor": "Feature extractor",
-    "initialization_method": "Network",
+    "model_name": "Network",
     "loss_function": "Training",
     "analysis_target": "Analyses",
     "use_dfr": "Deep feature reweighting (DFR)",
@@ -306,11 +323,26 @@ def _check_strategy(c):
 
 
 def _check_layer(c):
-    layer = c["dfr_target_layer"]
-    if c["use_dfr"] and layer != "last_hidden" and int(layer[6:]) > c["num_hidden_layers"]:
+    layer, name = c["dfr_target_layer"], c["model_name"]
+    if not c["use_dfr"] or layer == "last_hidden":
+        return
+    if name in END_TO_END and int(layer[6:]) > 0:
+        yield (
+            f"dfr_target_layer: given {layer}, but the layers of a {name} have no numbers; "
+            "allowed: last_hidden, layer_0"
+        )
+    if name == "MLP" and int(layer[6:]) > c["num_hidden_layers"]:
         yield (
             f"dfr_target_layer: given {layer}, but the network has {c['num_hidden_layers']} "
             f"hidden layer(s); allowed: last_hidden, layer_0 to layer_{c['num_hidden_layers']}"
+        )
+
+
+def _check_inputs(c):
+    if c["model_name"] in END_TO_END and c["use_feature_extractor"]:
+        yield (
+            f"model_name: given {c['model_name']}, which takes pictures, with "
+            "use_feature_extractor: true; allowed: MLP, or use_feature_extractor: false"
         )
 
 
@@ -356,7 +388,8 @@ CHECKS = [
     (_moments_keys("train"), lambda c: _check_moments(c, "train")),
     (_moments_keys("test"), lambda c: _check_moments(c, "test")),
     (("dfr_val_split_strategy", "dataset_name"), _check_strategy),
-    (("use_dfr", "dfr_target_layer", "num_hidden_layers"), _check_layer),
+    (("model_name", "use_feature_extractor"), _check_inputs),
+    (("use_dfr", "dfr_target_layer", "model_name", "num_hidden_layers"), _check_layer),
     (("use_dfr", "dfr_val_split_strategy", "dfr_val_ratio"), _check_ratio),
     (
         (
@@ -404,7 +437,35 @@ EFFECT = [
         "the method takes the full batch",
         ["train_batch_size"],
     ),
-    (lambda c: c.use_bias, "without use_bias", ["use_zero_bias_initialization"]),
+    (
+        lambda c: c.model_name == "MLP",
+        "only for an MLP",
+        [
+            "initialization_method",
+            "activation_function",
+            "num_hidden_layers",
+            "hidden_dim",
+            "use_skip_connections",
+            "use_bias",
+            "use_zero_bias_initialization",
+        ],
+    ),
+    (
+        lambda c: c.model_name != "MLP" or c.use_bias,
+        "without use_bias",
+        ["use_zero_bias_initialization"],
+    ),
+    (lambda c: c.model_name == "ConvNet", "only for a ConvNet", ["latent_size"]),
+    (
+        lambda c: c.model_name in RESNETS,
+        "only for ResNet18 or ResNet50 as model_name",
+        ["pretrained", "pretrained_weights"],
+    ),
+    (
+        lambda c: c.model_name not in RESNETS or c.pretrained,
+        "without pretrained",
+        ["pretrained_weights"],
+    ),
     (
         lambda c: c.use_feature_extractor,
         "without use_feature_extractor",

@@ -33,13 +33,14 @@ def float64(values: torch.Tensor) -> torch.Tensor:
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 
-def group_batches(split, batch_size: int):
+def group_batches(split, batch_size: int, model=None):
     """Yields (group, slice): the split in batches of one group each, in the split's order.
 
-    Evaluation and analyses share these batches, so that they see the very same outputs. Pictures
-    have a limit of their own on a batch, for the memory's sake.
+    Evaluation and analyses share these batches, so that they see the very same outputs. Pictures,
+    and networks for them, have limits of their own on a batch, for the memory's sake.
     """
-    batch_size = min(batch_size, getattr(split.inputs, "max_batch", batch_size))
+    for limited in (split.inputs, model):
+        batch_size = min(batch_size, getattr(limited, "max_batch", batch_size))
     for group, part in enumerate(split.slices):
         for start in range(part.start, part.stop, batch_size):
             yield group, slice(start, min(start + batch_size, part.stop))
@@ -64,7 +65,7 @@ def batches(split, plan):
 def outputs(model, split, batch_size: int) -> torch.Tensor:
     """Outputs f (N,) of a network in evaluation mode, at most `batch_size` samples at a time."""
     model.eval()
-    plan = group_batches(split, batch_size)
+    plan = group_batches(split, batch_size, model)
     return torch.cat([model(x) for _, _, x in batches(split, plan)])
 
 

@@ -1,5 +1,8 @@
 """The networks that are trained: an MLP in the maximal-update (muP) or neural-tangent (NTP)
-parametrisation.
+parametrisation, and a small ConvNet and ResNets, end to end on pictures.
+
+All of them have `hidden(x, layer)`, the features, and `classifier`, the linear layer after them,
+whose one output (N,) or several outputs (N, C) `forward` gives.
 
 muP follows Table 9 of Yang et al., "Tensor Programs V: Tuning Large Neural Networks via Zero-Shot
 Hyperparameter Transfer"; NTP follows Jacot et al., "Neural Tangent Kernel". With width m:
@@ -15,6 +18,7 @@ SGD takes the same learning rate in every layer; NTP's Adam factors are 1.
 """
 
 import math
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -99,13 +103,13 @@ class ScaledLinear(nn.Module):
 
 
 class MLP(nn.Module):
-    """A scalar network f(x) with L hidden layers of equal width.
+    """L hidden layers of equal width, then a linear one.
 
     h_0 is the flattened input, z_l = layer_l(h_{l-1}) (+ h_{l-1} with skips, from l = 2 on),
     h_l = activation(z_l), f = layer_{L+1}(h_L).
     """
 
-    def __init__(self, inputs: int, config: Config):
+    def __init__(self, inputs: int, config: Config, num_outputs: int = 1):
         super().__init__()
         width, kind = config.hidden_dim, config.initialization_method
         self.activation = ACTIVATIONS[config.activation_function]
@@ -117,17 +121,27 @@ class MLP(nn.Module):
 
         self.layers = nn.ModuleList([layer("input", inputs, width)])
         self.layers += [layer("hidden", width, width) for _ in range(config.num_hidden_layers - 1)]
-        self.layers.append(layer("output", width, 1))
+        self.layers.append(layer("output", width, num_outputs))
         for i, module in enumerate(self.layers):
             seed = derive_seed(config.seed, "initialisation", i)
             generator = torch.Generator().manual_seed(seed)
             module.initialise(generator, config.use_zero_bias_initialization)
-        if config.fix_final_layer:
-            self.layers[-1].requires_grad_(False)
 
     @property
     def num_hidden_layers(self) -> int:
         return len(self.layers) - 1
+
+    @property
+    def classifier(self) -> ScaledLinear:
+        """The last layer. Another one can be put in its place."""
+        return self.layers[-1]
+
+    def __setattr__(self, name, value):
+        # nn.Module would store a module under this name beside `layers`, past a setter.
+        if name == "classifier":
+            self.layers[-1] = value
+        else:
+            super().__setattr__(name, value)
 
     def hidden(self, x: torch.Tensor, layer: int | None = None) -> torch.Tensor:
         """h_l, (N, width): 0 = the flattened input, None = the last, what the classifier sees."""
@@ -138,17 +152,139 @@ class MLP(nn.Module):
         return h
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Outputs f, (N,), of inputs (N, ...)."""
-        return self.layers[-1](self.hidden(x)).squeeze(1)
+        """Outputs f, (N,) or (N, C), of inputs (N, ...)."""
+        return self.classifier(self.hidden(x)).squeeze(1)
 
 
-def build(config: Config, input_shape) -> nn.Module:
-    """The network that the configuration asks for, initialised from its seed, on the CPU."""
-    return MLP(math.prod(input_shape), config)
+class PictureNet(nn.Module):
+    """A network for pictures (N, C, H, W): a body that makes features (N, d), then a linear layer.
+
+    max_batch: how many pictures a forward and a backward pass may hold in memory at once.
+    """
+
+    def __init__(self, body: nn.Module, classifier: nn.Linear, max_batch: int):
+        super().__init__()
+        # In this memory format convolutions are faster, on CPUs and on GPUs.
+        self.body = body.to(memory_format=torch.channels_last)
+        self.classifier = classifier
+        self.max_batch = max_batch
+
+    def hidden(self, x: torch.Tensor, layer: int | None = None) -> torch.Tensor:
+        """Features: None = what the classifier sees, 0 = the flattened input."""
+        if layer == 0:
+            return x.flatten(1)
+        if layer is not None:
+            raise ValueError(f"hidden layer {layer} of a network whose layers have no numbers")
+        return self.body(x.contiguous(memory_format=torch.channels_last))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Outputs f, (N,) or (N, C), of pictures (N, C, H, W)."""
+        return self.classifier(self.hidden(x)).squeeze(1)
 
 
-def parameter_groups(model: MLP, config: Config) -> list[dict]:
+class Standardised(nn.Module):
+    """Pictures (N, 1 or 3, H, W) as ImageNet's ResNets take them: RGB, standardised by channel.
+
+    Pictures of unit norm are first scaled to the norm that ImageNet's have on average at this size.
+    """
+
+    def __init__(self, input_shape, unit_norm: bool, mean, std):
+        super().__init__()
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        size = 3 * math.prod(input_shape[1:])
+        self.scale = (size * (mean**2 + std**2).mean()).sqrt().item() if unit_norm else 1.0
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # A single channel is broadcast to three.
+        return (x * self.scale - self.mean) / self.std
+
+
+def convnet(config: Config, input_shape) -> tuple[nn.Module, int]:
+    """A body of two convolutions and a linear layer, and the number of its features."""
+    channels, height, width = input_shape
+    body = nn.Sequential(
+        nn.Conv2d(channels, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * (height // 4) * (width // 4), config.latent_size),
+        nn.ReLU(),
+    )
+    return body, config.latent_size
+
+
+def resnet(config: Config, input_shape) -> tuple[nn.Module, int]:
+    """torchvision's ResNet without its last layer, and the number of its features.
+
+    Raises `DataError` when pretrained weights are missing or of another model.
+    """
+    import backbones  # with torchvision, slow to import
+
+    prepare = Standardised(
+        input_shape, config.normalize_inputs, backbones.IMAGENET_MEAN, backbones.IMAGENET_STD
+    )
+    return nn.Sequential(prepare, backbones.resnet(config)), RESNET_FEATURES[config.model_name]
+
+
+PICTURE_NETS = {"ConvNet": convnet, "ResNet18": resnet, "ResNet50": resnet}
+RESNET_FEATURES = {"ResNet18": 512, "ResNet50": 2048}
+BATCH_BYTES = 2**31  # of a forward and a backward pass in evaluation and analyses
+BYTES_PER_PIXEL = {"ConvNet": 600, "ResNet18": 700, "ResNet50": 2000}  # measured on a CPU
+
+
+def build(config: Config, input_shape, num_outputs: int = 1) -> nn.Module:
+    """The network that the configuration asks for, initialised from its seed, on the CPU.
+
+    input_shape: of one input; num_outputs: see `num_outputs`. The random state of torch is neither
+    used nor changed. Raises `DataError` when pretrained weights are missing or of another model.
+    """
+    if config.model_name == "MLP":
+        network = MLP(math.prod(input_shape), config, num_outputs)
+    else:
+        network = _picture_net(config, tuple(input_shape), num_outputs)
+    if config.fix_final_layer:
+        network.classifier.requires_grad_(False)
+    return network
+
+
+def _picture_net(config: Config, input_shape, num_outputs: int) -> PictureNet:
+    name = config.model_name
+    if len(input_shape) != 3 or input_shape[0] not in (1, 3) or min(input_shape[1:]) < 4:
+        raise ValueError(f"{name} takes pictures (1 or 3, H ≥ 4, W ≥ 4), not {input_shape}")
+    # For CUDA: the same kernels every time, and no TensorFloat32 in what is called float32.
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.allow_tf32 = True, False
+    with _seeded(config.seed, "initialisation", "body"):
+        body, features = PICTURE_NETS[name](config, input_shape)
+    with _seeded(config.seed, "initialisation", "classifier"):
+        classifier = nn.Linear(features, num_outputs)
+    picture = BYTES_PER_PIXEL[name] * math.prod(input_shape[1:])
+    return PictureNet(body, classifier, max(1, BATCH_BYTES // picture))
+
+
+@contextmanager
+def _seeded(*purpose):
+    """torch's own initialisations draw from the seed for this purpose inside."""
+    with torch.random.fork_rng(devices=[]):
+        # Of the CPU alone: torch.manual_seed would set those of GPUs for good.
+        torch.default_generator.manual_seed(derive_seed(*purpose))
+        yield
+
+
+def num_outputs(config: Config, num_classes: int) -> int:
+    """How many outputs the loss takes: one for labels -1 and +1, else one a class."""
+    return num_classes if config.loss_function == "cross_entropy" else 1
+
+
+def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
     """Trainable parameters with their learning rates, as torch's optimisers take them."""
+    if not isinstance(model, MLP):
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return [{"params": trainable, "lr": config.learning_rate}]
     groups = []
     for module in model.layers:
         for parameter, scaling in (

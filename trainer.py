@@ -81,7 +81,8 @@ def full_batch_step(model, optimizer, split: Split, loss, weights, batch_size: i
     """One step along -Σ w_g ∇R_g over the whole split, `batch_size` samples in memory at once."""
     model.train()
     optimizer.zero_grad()
-    plan = [(g, batch) for g, batch in metrics.group_batches(split, batch_size) if weights[g]]
+    plan = metrics.group_batches(split, batch_size, model)
+    plan = [(g, batch) for g, batch in plan if weights[g]]
     for g, batch, x in metrics.batches(split, plan):
         losses = loss.value(model(x), split.y[batch])
         (losses.sum() * (weights[g] / split.counts[g])).backward()

@@ -141,6 +141,73 @@ def test_outputs_are_those_of_an_evaluation_without_analyses():
     assert torch.equal(found["train"], metrics.outputs(net, split, 4))
 
 
+def picture_network(name, shape=(3, 32, 32), frozen=(), **keys):
+    """A network for pictures in float64 that has been through a batch, in evaluation mode."""
+    config = validate({"model_name": name, "latent_size": 9, "normalize_inputs": False, **keys})
+    net = model.build(config, shape).double()
+    for part in frozen:
+        getattr(net.body[1], part).requires_grad_(False)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(5)
+        for parameter in net.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter += 0.1 * parameter.std() * noise if parameter.dim() > 1 else 0.1 * noise
+        net.train()(torch.rand(8, *shape, generator=generator, dtype=torch.float64))
+    return net.eval(), config
+
+
+PICTURE_VARIANTS = [
+    {"name": "ConvNet"},
+    {"name": "ConvNet", "shape": (1, 9, 5), "loss_function": "mse", "fix_final_layer": True},
+    # Most of its 11 million parameters frozen, so that 32 gradients of them fit into the memory.
+    {"name": "ResNet18", "frozen": ("layer3", "layer4")},
+]
+
+
+@pytest.mark.parametrize("keys", PICTURE_VARIANTS, ids=["ConvNet", "grey", "ResNet18"])
+@pytest.mark.parametrize("train", [(4, 1, 2, 3), (3, 0, 0, 2)], ids=["full", "empty"])
+def test_gram_matrix_of_networks_for_pictures_against_autograd(keys, train):
+    net, config = picture_network(**keys)
+    splits = make_splits(train, (2, 1, 1, 3), shape=keys.get("shape", (3, 32, 32)))
+    both = {"train": splits.train, "test": splits.test}
+    exact = twin_gram(net, both, config.loss_function)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    assert_close(gram(net, config, both, batch_size=2), exact)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+    net.float()
+    single = {
+        name: type(s)(s.inputs.float(), s.y.float(), s.a.float(), s.counts)
+        for name, s in both.items()
+    }
+    loss = metrics.LOSSES[config.loss_function]
+    K, outputs = analysis.gram_matrix(net, single, loss, {0, 1}, batch_size=2)
+    assert_close(K, exact, tolerance=1e-5)
+    for name, split in single.items():
+        assert torch.equal(outputs[name], metrics.outputs(net, split, 2))
+
+
+def test_passes_over_parameter_tensors_change_nothing():
+    net, config = picture_network("ConvNet")
+    splits = make_splits((4, 1, 2, 3), (2, 1, 1, 3), shape=(3, 32, 32))
+    splits = {"train": splits.train, "test": splits.test}
+    parameters = list(net.parameters())
+    memory = 16 * 8 * 20_000  # all but the linear layer's 64 · 8 · 8 · 9 weights, which go alone
+    passes = list(analysis._tensor_passes(parameters, 16, memory))
+    assert [len(passage) for passage in passes] == [4, 1, 3]
+    assert [p for passage in passes for (p,) in passage] == parameters
+    whole = gram(net, config, splits)
+    assert_close(gram(net, config, splits, memory_bytes=memory), whole)
+
+
+def test_parameters_that_the_output_does_not_depend_on_have_gradient_zero():
+    net, config = picture_network("ConvNet")
+    splits = {"train": make_split((2, 1, 1, 2), shape=(3, 32, 32))}
+    before = gram(net, config, splits)
+    net.other_head = torch.nn.Linear(9, 3).double()
+    assert_close(gram(net, config, splits), before)
+
+
 # What follows takes the twin's rows V and writes each definition out with vectors.
 
 
