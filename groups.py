@@ -1,7 +1,8 @@
-"""What a group is: the four cells of label y and attribute a, their order, names and moments.
+"""What a group is: the cells of label y and attribute a, their order, names, counts and moments.
 
-y, a are -1 or +1. The group index is 2*[y = +1] + [a = +1], so the order is (-1,-1), (-1,+1),
-(+1,-1), (+1,+1) everywhere: tables, tensors, legends.
+Two classes: y, a are -1 or +1. The group index is 2*[y = +1] + [a = +1], so the order is (-1,-1),
+(-1,+1), (+1,-1), (+1,+1) everywhere: tables, tensors, legends. More classes: y, a are indices from
+0, and the group index is y*(number of attributes) + a. Moments are those of two classes.
 """
 
 from typing import NamedTuple
@@ -17,8 +18,13 @@ class Moments(NamedTuple):
     covariance: float
 
 
+def class_cells(num_classes: int, num_attributes: int) -> tuple[tuple[int, int], ...]:
+    """(y, a) of every group where labels and attributes are class indices."""
+    return tuple((y, a) for y in range(num_classes) for a in range(num_attributes))
+
+
 def index(y, a):
-    """Group index of label y and attribute a: numbers, numpy arrays or tensors alike."""
+    """Group index of y and a in {-1, +1}: numbers, numpy arrays or tensors alike."""
     return 2 * (y > 0) + (a > 0)
 
 
@@ -40,13 +46,18 @@ def pair_indices(pair) -> tuple[int, int]:
 
 
 def shares(counts) -> list[float]:
-    """Share π_g of every group, from the four counts."""
+    """Share π_g of every group, from their counts."""
     total = sum(counts)
     return [count / total for count in counts]
 
 
 def moments(counts) -> Moments:
-    """E[Y], E[A] and Cov(Y, A) = E[YA] - E[Y]E[A] of a split with these four group counts."""
+    """E[Y], E[A] and Cov(Y, A) = E[YA] - E[Y]E[A] of a split with these four group counts.
+
+    Raises `ValueError` for another number of groups: class indices have no moments.
+    """
+    if len(counts) != len(GROUPS):
+        raise ValueError(f"moments of {len(counts)} groups; there are such of {len(GROUPS)} only")
     share = shares(counts)
     y_mean = sum(p * y for p, (y, a) in zip(share, GROUPS))
     a_mean = sum(p * a for p, (y, a) in zip(share, GROUPS))

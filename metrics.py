@@ -1,10 +1,14 @@
 """Losses and per-group evaluation.
 
-Everything is a function of the outputs f (N,), the labels y in {-1, +1} (N,) and the groups, so
-that whatever produced f (a network, a retrained head, an analysis) is judged the same way.
+Everything is a function of the outputs f, the labels y (N,) and the groups, so that whatever
+produced f (a network, a retrained head, an analysis) is judged the same way. f is (N,) with y in
+{-1, +1}, or (N, C) with one output a class and y a class index; two classes may be -1 and +1 there,
+too.
 """
 
 import math
+import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,11 +16,19 @@ import torch.nn.functional as F
 
 
 class Loss(NamedTuple):
-    """A loss ℓ(f, y), its derivative ∂ℓ/∂f, and c₀(y) = ∂ℓ/∂f at f = 0."""
+    """A loss ℓ(f, y) (N,), its derivative ∂ℓ/∂f, and c₀(y) = ∂ℓ/∂f at f = 0.
 
-    value: callable
-    derivative: callable
-    at_zero: callable
+    The derivatives are those of scalar outputs f (N,), None for a loss of outputs (N, C).
+    """
+
+    value: Callable
+    derivative: Callable | None
+    at_zero: Callable | None
+
+
+def class_index(y: torch.Tensor) -> torch.Tensor:
+    """Labels as class indices (N,) int64: indices as they are, -1 and +1 as 0 and 1."""
+    return (y > 0).long() if y.is_floating_point() else y
 
 
 LOSSES = {
@@ -25,6 +37,10 @@ LOSSES = {
         lambda f, y: F.softplus(-y * f), lambda f, y: -y * torch.sigmoid(-y * f), lambda y: -y / 2
     ),
     "mse": Loss(lambda f, y: (f - y) ** 2, lambda f, y: 2 * (f - y), lambda y: -2 * y),
+    # log Σ_c exp(f_c) - f_y
+    "cross_entropy": Loss(
+        lambda f, y: F.cross_entropy(f, class_index(y), reduction="none"), None, None
+    ),
 }
 
 
@@ -63,7 +79,7 @@ def batches(split, plan):
 
 @torch.no_grad()
 def outputs(model, split, batch_size: int) -> torch.Tensor:
-    """Outputs f (N,) of a network in evaluation mode, at most `batch_size` samples at a time."""
+    """Outputs f, (N,) or (N, C), of a network in evaluation mode, in batches of `batch_size`."""
     model.eval()
     plan = group_batches(split, batch_size, model)
     return torch.cat([model(x) for _, _, x in batches(split, plan)])
@@ -71,19 +87,33 @@ def outputs(model, split, batch_size: int) -> torch.Tensor:
 
 def group_means(values: torch.Tensor, slices) -> list[float]:
     """Mean over each group, in float64; NaN for an empty group."""
-    values = float64(values)
+    values = float64(values).cpu()  # one transfer, not one a group
     return [values[s].mean().item() if s.stop > s.start else math.nan for s in slices]
 
 
-def summary(f: torch.Tensor, split, loss: Loss, train_shares) -> dict[str, float]:
-    """Loss and accuracy of outputs f (N,) on a split: average, worst, adjusted, per group.
+def correct(f: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Which outputs are right, (N,) bool: f·y > 0, or the label's output above all others.
 
-    An output of exactly 0 counts as wrong. `worst_*` is over the non-empty groups; `adjusted_acc`
-    weights the group accuracies with the shares of the training split (Sagawa et al., 2020), NaN
-    when a group with a share is empty here.
+    An output of exactly 0, a tie for the largest output, and NaN count as wrong.
     """
+    if f.dim() == 1:
+        return f * y > 0
+    label = class_index(y)[:, None]
+    others = f.scatter(1, label, -math.inf).amax(1)  # NaN where any of them is
+    return f.gather(1, label)[:, 0] > others
+
+
+def summary(f: torch.Tensor, split, loss: Loss, train_shares) -> dict[str, float]:
+    """Loss and accuracy of outputs f on a split: average, worst, adjusted, per group.
+
+    `worst_*` is over the non-empty groups; `adjusted_acc` weights the group accuracies with the
+    shares of the training split (Sagawa et al., 2020), NaN when a group with a share is empty
+    here. `minority_acc` is over the samples whose attribute is not their label, `majority_acc`
+    over the others; NaN where there are none.
+    """
+    right, minority = float64(correct(f, split.y)).cpu(), (split.y != split.a).cpu()
     losses = group_means(loss.value(f, split.y), split.slices)
-    accuracies = group_means(f * split.y > 0, split.slices)
+    accuracies = group_means(right, split.slices)
     there = [g for g, count in enumerate(split.counts) if count]
     result = {
         "avg_loss": weighted(losses, split.shares),
@@ -91,6 +121,9 @@ def summary(f: torch.Tensor, split, loss: Loss, train_shares) -> dict[str, float
         "avg_acc": weighted(accuracies, split.shares),
         "worst_acc": worst(min, [accuracies[g] for g in there]),
         "adjusted_acc": weighted(accuracies, train_shares),
+        # The mean of nothing is NaN.
+        "minority_acc": right[minority].mean().item(),
+        "majority_acc": right[~minority].mean().item(),
     }
     for g in range(len(split.counts)):
         result[f"group_{g}_loss"] = losses[g]
@@ -108,6 +141,7 @@ def worst(extreme, values) -> float:
     return math.nan if any(math.isnan(v) for v in values) else extreme(values)
 
 
-def group_losses(summary: dict[str, float], num_groups: int = 4) -> list[float]:
-    """The mean losses R_g in a summary."""
-    return [summary[f"group_{g}_loss"] for g in range(num_groups)]
+def group_losses(summary: dict[str, float]) -> list[float]:
+    """The mean losses R_g in a summary, in the order of the groups."""
+    is_group_loss = re.compile(r"group_\d+_loss").fullmatch
+    return [value for name, value in summary.items() if is_group_loss(name)]

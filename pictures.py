@@ -27,7 +27,7 @@ AHEAD = 64  # pictures decoded ahead of use where the batches are smaller than t
 MAX_THREADS = 16  # unless more are asked for: beyond, threads wait for each other
 
 
-def _threads(num_workers: int | None) -> int:
+def threads(num_workers: int | None) -> int:
     """Threads for decoding: as many as asked for; null = one a core that this process may use."""
     if num_workers is not None:
         return max(1, num_workers)
@@ -107,7 +107,7 @@ class Pictures:
     def _pixels(self, indices):
         """The same batches as they are decoded: RGB, (B, 3, 224, 224) uint8, on the CPU."""
         coming = (self._rows(index) for index in indices)
-        pool, started = ThreadPoolExecutor(_threads(self.num_workers)), deque()
+        pool, started = ThreadPoolExecutor(threads(self.num_workers)), deque()
         try:
             while True:
                 # Before waiting for a batch, have the following one on its way.
@@ -139,10 +139,10 @@ class Pictures:
             inputs = sum(w / 255 * pixels[:, c : c + 1] for c, w in enumerate(LUMA))
         else:
             inputs = pixels / 255
-        return _unit_norm_(inputs) if self.normalize else inputs
+        return unit_norm_(inputs) if self.normalize else inputs
 
 
-def _unit_norm_(pictures: torch.Tensor) -> torch.Tensor:
+def unit_norm_(pictures: torch.Tensor) -> torch.Tensor:
     """Scales every picture of (B, C, H, W) to unit L2 norm, in place."""
     # In two stages: one float32 sum over 150,528 squares is wrong in the fourth digit.
     norms = pictures.norm(dim=3).flatten(1).norm(dim=1)
@@ -161,7 +161,7 @@ def unreadable(source, rows, num_workers: int | None = None) -> dict[int, str]:
             return str(error)
         return None
 
-    with ThreadPoolExecutor(_threads(num_workers)) as pool:
+    with ThreadPoolExecutor(threads(num_workers)) as pool:
         reasons = tqdm(
             pool.map(problem, rows),
             total=len(rows),

@@ -38,25 +38,30 @@ class BadPicture(DataError):
     """One picture is not readable; the text names the file and its row of the metadata."""
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes, exact: int | None = None) -> np.ndarray:
     """A picture as RGB, resized to (3, 224, 224) uint8 (bilinear, antialiased).
 
-    Raises `Damaged` for what is not a picture, is cut off, or has more than `MAX_PIXELS`.
+    exact: take only pictures of this side, and as they are. Raises `Damaged` for what is not a
+    picture, is cut off, has more than `MAX_PIXELS` or is not of the `exact` size.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise Damaged(f"{width}×{height} pixels; allowed: up to {MAX_PIXELS} in all")
+            if exact and picture.size != (exact, exact):
+                raise Damaged(f"{width}×{height} pixels; allowed: {exact}×{exact}")
             # Not with Image.draft: scaling inside the JPEG decoder changes pixels by up to 50.
-            resized = picture.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+            pixels = picture.convert("RGB")
+            if not exact:
+                pixels = pixels.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     except (Damaged, MemoryError):
         raise
     except Exception as error:  # PIL lets errors of many kinds out for damaged files
         unknown = isinstance(error, Image.UnidentifiedImageError)
         reason = f"none of {', '.join(FORMATS)}" if unknown else error
         raise Damaged(f"not a readable picture ({reason})") from None
-    return np.ascontiguousarray(np.asarray(resized).transpose(2, 0, 1))
+    return np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))
 
 
 def leaves_folder(name: str) -> bool:

@@ -9,7 +9,7 @@ from conftest import make_split
 import metrics
 
 
-@pytest.mark.parametrize("name", list(metrics.LOSSES))
+@pytest.mark.parametrize("name", [n for n, loss in metrics.LOSSES.items() if loss.derivative])
 def test_derivatives_are_those_of_the_value(name):
     loss = metrics.LOSSES[name]
     f = torch.tensor([-3.0, 0.0, 0.5, 40.0], dtype=torch.float64, requires_grad=True)

@@ -1,0 +1,202 @@
+"""Pictures made of two: a digit above a picture, put together when they are asked for.
+
+What is kept are the bytes of the digits and of the pictures. Both layouts are computed in whole
+numbers, so that they are the same to the last bit for every batch size and on every device.
+"""
+
+import copy
+import functools
+import hashlib
+import json
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from pictures import BATCH_BYTES, LUMA, unit_norm_
+from sources.picture_files import SIDE
+
+DIGIT, PICTURE = 28, 32  # sides of what is put together
+ENLARGED_DIGIT = 48
+# Mean and standard deviation of the channels over CIFAR-10's training pictures in [0, 1].
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+
+class Composites:
+    """Stands where a tensor of inputs (N, C, H, W) stands, and composes what is asked for.
+
+    `composites[index]` for a slice or an index tensor is a float32 tensor (B, C, H, W) on the
+    device of the parts, C = 1 (luminance) if `grayscale` else 3 (RGB).
+
+    digits: (N, 28, 28) uint8; pictures: (N, 3, 32, 32) uint8; image_size: 32, the digit with a
+    border of 2 above the picture, 64 × 32 pixels, or 224, the digit enlarged to 48 × 48 in the
+    middle of the upper 48 rows and the picture stretched to the other 176, 224 × 224 pixels;
+    scaling: None, values in [0, 1], "norm", every input scaled to unit L2 norm, or "channels",
+    CIFAR-10's mean subtracted and divided by its deviation.
+    """
+
+    def __init__(self, digits, pictures, *, image_size=32, grayscale=False, scaling=None):
+        self.digits, self.pictures = torch.as_tensor(digits), torch.as_tensor(pictures)
+        self.image_size, self.grayscale, self.scaling = image_size, grayscale, scaling
+        self.shifts: torch.Tensor | None = None  # (N, 3): rows, columns, 1 = mirrored
+
+    def __len__(self) -> int:
+        return len(self.digits)
+
+    @property
+    def shape(self) -> torch.Size:
+        height = SIDE if self.image_size == SIDE else 2 * PICTURE
+        return torch.Size((len(self), 1 if self.grayscale else 3, height, self.image_size))
+
+    @property
+    def max_batch(self) -> int:
+        """How many inputs `BATCH_BYTES` hold as float32."""
+        return BATCH_BYTES // (4 * self.shape[1:].numel())
+
+    @property
+    def padding(self) -> int:
+        """Reflected pixels on each side for random crops: 4 of 32, as many in proportion of 224."""
+        return self.image_size // 8
+
+    def to(self, device) -> "Composites":
+        """The same with its parts, and so its batches, on `device`."""
+        return self._with(lambda part: part.to(device))
+
+    def subset(self, index) -> "Composites":
+        """The composites at these indices."""
+        return self._with(lambda part: part[index])
+
+    def _with(self, change) -> "Composites":
+        changed = copy.copy(self)
+        changed.digits, changed.pictures = change(self.digits), change(self.pictures)
+        changed.shifts = None if self.shifts is None else change(self.shifts)
+        return changed
+
+    def augmented(self, seed: int) -> "Composites":
+        """The same, each cropped at random out of its reflection-padded self and mirrored or not.
+
+        What happens to sample i depends on (seed, i) only, not on batches or their order.
+        """
+        high = (2 * self.padding + 1, 2 * self.padding + 1, 2)
+        shifts = np.random.default_rng(seed).integers(high, size=(len(self), 3))
+        changed = copy.copy(self)
+        changed.shifts = torch.from_numpy(shifts).to(self.digits.device)
+        return changed
+
+    def __getitem__(self, index) -> torch.Tensor:
+        pixels = self._pixels(index)
+        if self.grayscale:
+            inputs = sum(w / 255 * pixels[:, c : c + 1] for c, w in enumerate(LUMA))
+        else:
+            inputs = pixels.float().div_(255)  # twice as fast as a division of bytes
+        if self.scaling == "norm":
+            return unit_norm_(inputs)
+        if self.scaling == "channels":
+            mean, std = inputs.new_tensor(CIFAR10_MEAN), inputs.new_tensor(CIFAR10_STD)
+            if self.grayscale:
+                weights = inputs.new_tensor(LUMA)
+                mean, std = (mean @ weights).view(1), (std @ weights).view(1)
+            inputs.sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
+        return inputs
+
+    def batches(self, indices):
+        """Yields `self[index]` for every index, in order."""
+        return map(self.__getitem__, indices)
+
+    def decode_uint8(self, i: int) -> torch.Tensor:
+        """Input i as a backbone takes it, (3, H, W) uint8; grey ones have equal channels."""
+        pixels = self._pixels(slice(i, i + 1))[0]
+        if self.grayscale:
+            luma = sum(w * pixels[c].double() for c, w in enumerate(LUMA))
+            pixels = luma.round().byte().expand(3, -1, -1)
+        return pixels
+
+    @property
+    def identity(self) -> str:
+        """Changes with what `decode_uint8` gives: for the keys of caches."""
+        facts = {
+            "source": "composites",
+            "digits_sha256": _sha256(self.digits),
+            "pictures_sha256": _sha256(self.pictures),
+            "grayscale": self.grayscale,
+            "image_size": self.image_size,
+        }
+        if self.shifts is not None:
+            facts["shifts_sha256"] = _sha256(self.shifts)
+        return json.dumps(facts, sort_keys=True)
+
+    def _pixels(self, index) -> torch.Tensor:
+        """Composed and augmented, RGB, (B, 3, H, W) uint8."""
+        digits, pictures = self.digits[index], self.pictures[index]
+        compose = _enlarged if self.image_size == SIDE else _stacked
+        pixels = compose(digits, pictures)
+        if self.shifts is not None:
+            pixels = _cropped(pixels, self.shifts[index], self.padding)
+        return pixels
+
+
+def _sha256(part: torch.Tensor) -> str:
+    return hashlib.sha256(part.cpu().flatten().numpy()).hexdigest()
+
+
+def _stacked(digits: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+    """(B, 3, 64, 32): the digits, padded to 32 × 32, above the pictures."""
+    border = (PICTURE - DIGIT) // 2
+    upper = F.pad(digits, (border,) * 4)[:, None].expand(-1, 3, -1, -1)
+    return torch.cat([upper, pictures], dim=2)
+
+
+def _enlarged(digits: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+    """(B, 3, 224, 224): the digits at 48 × 48 in the middle above, the pictures stretched below."""
+    pixels = pictures.new_zeros(len(pictures), 3, SIDE, SIDE)
+    left = (SIDE - ENLARGED_DIGIT) // 2
+    upper = _resized(digits, ENLARGED_DIGIT, ENLARGED_DIGIT)
+    pixels[:, :, :ENLARGED_DIGIT, left : left + ENLARGED_DIGIT] = upper[:, None]
+    pixels[:, :, ENLARGED_DIGIT:] = _resized(pictures, SIDE - ENLARGED_DIGIT, SIDE)
+    return pixels
+
+
+def _resized(pictures: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Pictures (..., H, W) uint8 enlarged bilinearly to whole values, halves rounded up."""
+    rows, row_unit = _weights(pictures.shape[-2], height)
+    columns, column_unit = _weights(pictures.shape[-1], width)
+    # float32 is exact here: all numbers are whole and below 255·24·24 < 2^24.
+    values = pictures.float()
+    values = rows.to(values) @ values @ columns.to(values).T
+    unit = row_unit * column_unit
+    return values.add_(unit / 2).div_(unit).byte()
+
+
+@functools.cache
+def _weights(old: int, new: int) -> tuple[torch.Tensor, int]:
+    """Bilinear interpolation from old to new pixels of one side, in whole numbers.
+
+    Returns weights (new, old) and what each row of them adds up to. New pixel d has its middle at
+    (d + ½)·old/new - ½ of the old pixels; beyond their outermost middles the value stays.
+    """
+    place = np.clip((2 * np.arange(new) + 1) * old - new, 0, 2 * new * (old - 1))  # in 1/(2·new)
+    common = np.gcd.reduce([*place, 2 * new])
+    unit, place = 2 * new // common, place // common
+    lower = np.minimum(place // unit, old - 2)
+    weights = np.zeros((new, old), dtype=np.float32)
+    weights[np.arange(new), lower] = unit - (place - lower * unit)
+    weights[np.arange(new), lower + 1] = place - lower * unit
+    return torch.from_numpy(weights), int(unit)
+
+
+def _cropped(pixels: torch.Tensor, shifts: torch.Tensor, padding: int) -> torch.Tensor:
+    """Each of (B, 3, H, W) moved by its shifts - padding, reflected at its edges, and mirrored."""
+    height, width = pixels.shape[2:]
+    rows = torch.arange(height, device=pixels.device) + shifts[:, :1] - padding
+    columns = torch.arange(width, device=pixels.device)
+    columns = torch.where(shifts[:, 2:] > 0, width - 1 - columns, columns)
+    rows = _reflected(rows, height)
+    columns = _reflected(columns + shifts[:, 1:2] - padding, width)
+    places = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
+    return pixels.flatten(2).gather(2, places[:, None].expand(-1, 3, -1)).view_as(pixels)
+
+
+def _reflected(places: torch.Tensor, size: int) -> torch.Tensor:
+    """Places outside 0 … size - 1 mirrored at the outermost pixels, which are not repeated."""
+    return size - 1 - (size - 1 - places.abs()).abs()

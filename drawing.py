@@ -1,0 +1,114 @@
+"""What data sets share: drawing samples to group counts, hold-outs, labels, samples to look at."""
+
+import numpy as np
+import torch
+
+import groups
+from config import Config
+from errors import DataError
+from splits import Split
+
+SAMPLES_PER_GROUP = 8
+
+
+class Pool:
+    """Samples of one part of a source, drawn by label without replacement in a seeded order.
+
+    labels: (N,) of all its samples; names: what the samples of each label are called; place: what
+    the part is called.
+    """
+
+    def __init__(self, labels: np.ndarray, names: dict[int, str], place: str, seed: int):
+        self.names, self.place = names, place
+        self.drawn: list[str] = []
+        rng = np.random.default_rng(seed)
+        self.left = {label: rng.permutation(np.flatnonzero(labels == label)) for label in names}
+
+    def take(self, key: str, counts: dict[int, int]) -> dict[int, np.ndarray]:
+        """So many samples of each label. Raises `DataError` that names the key and earlier ones."""
+        self.drawn.append(key)
+        problems = []
+        for label, needed in counts.items():
+            there = len(self.left[label])
+            if needed > there:
+                others = " or ".join(dict.fromkeys(reversed(self.drawn)))
+                problems.append(
+                    f"{key}: {sum(counts.values())} samples need {needed} {self.names[label]}, but "
+                    f"{self.place} has {there} left; lower {others}"
+                )
+        if problems:
+            raise DataError(*problems)
+        taken = {label: self.left[label][:count] for label, count in counts.items()}
+        for label, count in counts.items():
+            self.left[label] = self.left[label][count:]
+        return taken
+
+    def take_groups(self, key: str, counts: list[int]) -> list[np.ndarray]:
+        """So many samples of each of the four groups, whose labels are -1 and +1."""
+        taken = self.take(key, _by_label(counts))
+        members = []
+        for (y, _), count in zip(groups.GROUPS, counts):
+            members.append(taken[y][:count])
+            taken[y] = taken[y][count:]
+        return members
+
+    def most(self, share) -> int:
+        """The largest number of samples in these shares of the four groups that there are."""
+        n = sum(map(len, self.left.values()))
+        while not all(
+            needed <= len(self.left[y])
+            for y, needed in _by_label(groups.split_counts(n, share)).items()
+        ):
+            n -= 1
+        return n
+
+
+def _by_label(counts) -> dict[int, int]:
+    return {y: sum(n for (gy, _), n in zip(groups.GROUPS, counts) if gy == y) for y in (-1, 1)}
+
+
+def draw_to_moments(pool: Pool, split: str, config: Config) -> list[np.ndarray]:
+    """Samples of each group for `num_<split>_samples` (null: as many as possible)."""
+    prefix = "train" if split == "train" else "test"
+    share = groups.probabilities(
+        getattr(config, f"{prefix}_label_marginal"),
+        getattr(config, f"{prefix}_attribute_marginal"),
+        getattr(config, f"{prefix}_correlation"),
+    )
+    share = [max(p, 0.0) for p in share]  # rounding can leave -1e-17
+    n = getattr(config, f"num_{split}_samples")
+    counts = groups.split_counts(pool.most(share) if n is None else n, share)
+    return pool.take_groups(f"num_{split}_samples", counts)
+
+
+def hold_out(train: list[np.ndarray], config: Config):
+    """(what is trained on, what is set aside for DFR), both per group, from the training samples.
+
+    Only split_from_train sets samples aside: the last round(dfr_val_ratio · n_g) of each group.
+    """
+    held_out = [np.empty(0, dtype=int)] * len(train)
+    if config.dfr_val_split_strategy == "split_from_train":
+        sizes = [round(config.dfr_val_ratio * len(indices)) for indices in train]
+        held_out = [indices[len(indices) - k :] for indices, k in zip(train, sizes)]
+        train = [indices[: len(indices) - k] for indices, k in zip(train, sizes)]
+    if not sum(map(len, train)):
+        raise DataError("num_train_samples: too few, the hold-out for DFR leaves none to train on")
+    return train, held_out
+
+
+def labels(counts, cells=groups.GROUPS) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and a of samples stored group by group, with these group counts."""
+    kind = torch.float32 if cells == groups.GROUPS else torch.int64
+    y, a = torch.tensor(cells, dtype=kind).T
+    repeats = torch.tensor(counts)
+    return y.repeat_interleave(repeats), a.repeat_interleave(repeats)
+
+
+def shown(split: Split, pictures: torch.Tensor) -> dict[str, np.ndarray]:
+    """`Splits.samples` for pictures (M, C, H, W) of the samples of a small split."""
+    return {
+        "pictures": pictures.permute(0, 2, 3, 1).numpy(),
+        "y": split.y.numpy().astype(int),
+        "a": split.a.numpy().astype(int),
+        "group": split.group.numpy(),
+    }
