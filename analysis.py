@@ -27,9 +27,9 @@ import torch
 import groups
 import metrics
 from config import ANALYSES, Config, derive_seed
-from data_loader import Split, Splits
 from metrics import Loss
 from model import MLP
+from splits import Split, Splits
 
 GRADIENT, JACOBIAN = 0, 1  # the two kinds of rows: ∇_g and m_g
 SIDES = ("train", "test")

@@ -37,6 +37,8 @@ RESNET_MAPS = {"layer1": 56, "layer2": 28, "layer3": 14, "layer4": 7}
 RESNETS = ("ResNet18", "ResNet50")
 # Networks that are trained on pictures, from the pixels on.
 END_TO_END = ("ConvNet", *RESNETS)
+BATCH_NORM = RESNETS  # networks that need mini-batches with the groups mixed
+TARGET_METHODS = ("ERM_target", "SCALE")  # train on a target set
 
 Samples = Annotated[int, Field(ge=0, le=10_000_000)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -225,15 +227,28 @@ class Config(Section):
     loss_function: Literal["logistic", "mse", "cross_entropy"] = key(
         "logistic", "logistic = log(1+exp(-y f)), mse = (f-y)^2, cross_entropy = an output a class"
     )
-    debias_method: Literal["None", "IW_uniform", "GroupDRO"] = key(
-        "None", "None = ERM, IW_uniform = equal group weights, GroupDRO"
+    debias_method: Literal["None", "IW_uniform", "GroupDRO", "ERM_target", "SCALE"] = key(
+        "None",
+        "None = ERM, IW_uniform = equal group weights, GroupDRO, ERM_target = ERM on the target "
+        "set alone, SCALE",
+    )
+    group_batches: Literal["full", "mini"] | None = key(
+        None, "IW_uniform and GroupDRO in full batch or mini-batches; null = full for an MLP"
     )
     dro_eta_q: Annotated[float, Field(ge=0, le=1e6)] = key(
         0.1, "step size of GroupDRO's group weights q"
     )
+    scale_group_size: Annotated[int, Field(ge=1, le=1_000_000)] = key(
+        64, "kernels of a convolution that SCALE regulates together"
+    )
+    scale_mode: Literal["linear", "relu", "raw", "step"] = key(
+        "linear",
+        "weight of SCALE's train gradient, of its cosine c with the target gradient: "
+        "(c+1)/2, max(c,0), c, 1 if c > 0",
+    )
     epochs: Epoch = key(20, "passes over the training data; a full-batch epoch is one step")
     train_batch_size: Count | None = key(
-        64, "batch size; null = full batch; IW_uniform and GroupDRO always take the full batch"
+        64, "batch size; null = full batch; without effect where group_batches is full"
     )
     eval_batch_size: Count = key(1000, "most samples at once in evaluation and analyses")
     optimizer: Literal["SGD", "Adam"] = key("SGD", "Adam is AdamW")
@@ -241,6 +256,12 @@ class Config(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "momentum of SGD")
     weight_decay: Annotated[float, Field(ge=0, le=1e3)] | None = key(
         None, "weight decay; null = 0 for SGD, 0.01 for Adam"
+    )
+    scheduler: Literal["none", "cosine"] = key(
+        "none", "learning rate over the epochs: constant, or half a cosine towards 0"
+    )
+    mixed_precision: bool = key(
+        True, "bfloat16 in the body of a ConvNet or ResNet while training on CUDA"
     )
     checkpoint_every: Annotated[int, Field(ge=1, le=1_000_000)] | None = key(
         10, "epochs between checkpoints; null = only at the end and when stopped by a signal"
@@ -289,6 +310,9 @@ class Config(Section):
     )
     dfr_standardize: bool | None = key(
         None, "standardise features by the training split; null = except for the target set"
+    )
+    dfr_network: Literal["last", "best"] = key(
+        "last", "network whose features are used: of the last or the best validation epoch"
     )
     dfr_reg: Literal["l1", "l2", "none"] = key("l1", "penalty of the logistic regression")
     dfr_c_options: Annotated[
@@ -434,6 +458,33 @@ def _check_inputs(c):
         )
 
 
+def _check_method(c):
+    method, has_target = c["debias_method"], c["dataset_name"] == "Dominoes"
+    if method in TARGET_METHODS and not (has_target and c["val_target_size"]):
+        why = "val_target_size is 0" if has_target else f"{c['dataset_name']} has none"
+        yield f"debias_method: given {method}, which trains on a target set, but {why}"
+    if method == "SCALE" and c["optimizer"] != "SGD":
+        yield f"optimizer: given {c['optimizer']}; allowed with debias_method SCALE: SGD"
+    if method == "SCALE" and c["train_batch_size"] is None:
+        yield "train_batch_size: given null; allowed with debias_method SCALE: a whole number"
+
+
+def _check_batch_norm(c):
+    if c["model_name"] in BATCH_NORM and c["group_batches"] == "full":
+        yield (
+            f"group_batches: given full, but {c['model_name']} has batch norm, which needs the "
+            "groups mixed; allowed: mini, null"
+        )
+
+
+def _check_best(c):
+    val = "val_target_size" if c["dataset_name"] == "Dominoes" else "num_val_samples"
+    if c["use_dfr"] and c["dfr_network"] == "best" and c[val] == 0:
+        yield (
+            f"dfr_network: given best, which validation data tell, but {val} is 0; allowed: last"
+        )
+
+
 def _check_ratio(c):
     if (
         c["use_dfr"]
@@ -504,6 +555,15 @@ CHECKS = [
     (("loss_function", *_analyze_keys()), _check_scalar),
     (("model_name", "use_feature_extractor"), _check_inputs),
     (("use_dfr", "dfr_target_layer", "model_name", "num_hidden_layers"), _check_layer),
+    (
+        ("debias_method", "dataset_name", "val_target_size", "optimizer", "train_batch_size"),
+        _check_method,
+    ),
+    (("model_name", "group_batches"), _check_batch_norm),
+    (
+        ("use_dfr", "dfr_network", "dataset_name", "val_target_size", "num_val_samples"),
+        _check_best,
+    ),
     (("use_dfr", "dfr_val_split_strategy", "dfr_val_ratio"), _check_ratio),
     (
         (
@@ -576,10 +636,17 @@ EFFECT = [
     (lambda c: c.debias_method == "GroupDRO", "only for GroupDRO", ["dro_eta_q"]),
     (lambda c: c.optimizer == "SGD", "only for SGD", ["momentum"]),
     (
-        lambda c: c.debias_method not in FULL_BATCH_METHODS,
+        lambda c: c.debias_method not in FULL_BATCH_METHODS or c.group_batches == "mini",
         "the method takes the full batch",
         ["train_batch_size"],
     ),
+    (
+        lambda c: c.debias_method in FULL_BATCH_METHODS,
+        "only for IW_uniform and GroupDRO",
+        ["group_batches"],
+    ),
+    (lambda c: c.debias_method == "SCALE", "only for SCALE", ["scale_group_size", "scale_mode"]),
+    (lambda c: c.model_name != "MLP", "not for an MLP", ["mixed_precision"]),
     (
         lambda c: c.model_name == "MLP",
         "only for an MLP",
@@ -643,6 +710,7 @@ EFFECT = [
         lambda c: c.use_dfr,
         "without use_dfr",
         [
+            "dfr_network",
             "dfr_target_layer",
             "dfr_balance",
             "dfr_standardize",
@@ -681,6 +749,7 @@ def _derived(config: Config) -> dict[str, Any]:
     published = config.dfr_val_split_strategy != "target"
     return {
         "weight_decay": DEFAULT_WEIGHT_DECAY[config.optimizer],
+        "group_batches": "full" if config.model_name == "MLP" else "mini",
         "dfr_balance": published,
         "dfr_standardize": published,
     }
@@ -705,11 +774,12 @@ def changes_results(old: Config, new: Config) -> list[str]:
     lines = []
     for name in Config.model_fields:
         before, after = getattr(old, name), getattr(new, name)
-        longer = name == "epochs" and after > before
+        # A schedule over the epochs is another one over more of them.
+        longer = name == "epochs" and after > before and old.scheduler == "none"
         if before != after and not longer and name not in FREE_TO_CHANGE:
             shown = show(before.model_dump() if isinstance(before, BaseModel) else before)
             given = show(after.model_dump() if isinstance(after, BaseModel) else after)
-            more = " or more" if name == "epochs" else ""
+            more = " or more" if name == "epochs" and old.scheduler == "none" else ""
             lines.append(
                 f"{name}: given {given}, but the run to resume has {shown}; allowed: {shown}{more}"
             )

@@ -11,7 +11,6 @@ extraction goes on where it stopped, with the same result.
 """
 
 import dataclasses
-import datetime
 import functools
 import hashlib
 import json
@@ -22,23 +21,23 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import backbones
+import distributed
 import feature_cache
 import files
 from backbones import SIDE
 from command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, stop_signals
 from config import Config, load_config
-from data_loader import Splits
 from errors import ConfigError, DataError, UserError
+from splits import Splits
 
 log = logging.getLogger(f"spurious.{__name__}")
 
@@ -94,8 +93,12 @@ class Extractor:
             raise _unwritable(self.folder, error) from None
         # What is fetched into a machine's own cache is fetched by one process, before the others.
         leads = os.environ.get("LOCAL_RANK", "0") == "0"
-        found = _together(lambda: backbones.find_weights(config, self.spec) if leads else None)
-        other = _together(lambda: None if leads else backbones.find_weights(config, self.spec))
+        found = distributed.together(
+            lambda: backbones.find_weights(config, self.spec) if leads else None
+        )
+        other = distributed.together(
+            lambda: None if leads else backbones.find_weights(config, self.spec)
+        )
         self.weights = found if leads else other
         self.weights_id = _weights_id(self.folder, self.weights, self.spec, config.seed)
         self.facts = {
@@ -172,7 +175,7 @@ class _Entry:
 
     def get(self) -> torch.Tensor:
         """The features, made if need be; the ranks of a group of processes share the work."""
-        first, world = _rank() == 0, _world()
+        first, world = distributed.rank() == 0, distributed.world()
         with (
             feature_cache.locked(self.job.folder / f"{self.digest}.lock")
             if first
@@ -183,16 +186,16 @@ class _Entry:
                 twins = sorted(self.job.folder.glob(f"*_{self.digest}.safetensors"))
                 if twins and self.path not in twins:
                     self.path = twins[0]
-            todo, self.path = _from_first((self._todo(), self.path) if first else None)
+            todo, self.path = distributed.from_first((self._todo(), self.path) if first else None)
             if todo:
                 log.info(
                     "Extracting %s: %d pictures, %d of %d shards to do",
                     self.split, len(self.pictures), len(todo), self._shards(),
                 )  # fmt: skip
-                _together(lambda: self._extract(todo[_rank() :: world]))
+                distributed.together(lambda: self._extract(todo[distributed.rank() :: world]))
             if first and todo is not None:
                 self._merge()
-            _barrier()
+            distributed.barrier()
         return feature_cache.read(self.path, self.key, verify=todo is not None or not first)
 
     def _shards(self) -> int:
@@ -361,48 +364,6 @@ def _decoded(pictures, batches, config: Config, device: torch.device):
         yield batch
 
 
-def _grouped() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _rank() -> int:
-    return dist.get_rank() if _grouped() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if _grouped() else 1
-
-
-def _barrier() -> None:
-    if _grouped():
-        dist.barrier()
-
-
-def _from_first(value):
-    """The value that the first rank has."""
-    values = [value]
-    if _grouped():
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
-def _together(work):
-    """`work()` on every rank; what the user has to mend on one of them ends all, told once each."""
-    result = problem = None
-    try:
-        result = work()
-    except UserError as error:
-        problem = error
-    if _grouped():
-        failed = [None] * _world()
-        dist.all_gather_object(failed, problem is not None)
-        if any(failed) and problem is None:
-            problem = UserError(f"rank {_rank()}: stopped, because another rank cannot go on")
-    if problem is not None:
-        raise problem
-    return result
-
-
 class _Progress:
     """Pictures a second and time left: a live bar on a terminal, plain log lines elsewhere."""
 
@@ -415,7 +376,7 @@ class _Progress:
             total=self.total,
             desc=self.what,
             unit=" pictures",
-            disable=not self.live or _rank() > 0,
+            disable=not self.live or distributed.rank() > 0,
             dynamic_ncols=True,
         )
         self.done = 0
@@ -472,7 +433,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(
                 "use_feature_extractor: given false; allowed to extract features: true"
             )
-        with console_log(), stop_signals(), _process_group():
+        with console_log(), stop_signals(), distributed.process_group():
             _run(config)
 
     return exit_code(extraction)
@@ -499,29 +460,11 @@ def _run(config: Config) -> None:
     import data_loader
     import model
 
-    device = model.choose_device(config.device)
-    if device == "cuda" and _world() > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = distributed.own_device(model.choose_device(config.device))
     extractor = Extractor(config, device)
     extractor.extract(data_loader.load(config))
     for name, file in extractor.facts["files"].items():
         log.info("%-5s %s", name, file)
-
-
-@contextmanager
-def _process_group():
-    """The group of processes that torchrun started, or none."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield
-        return
-    # Only texts and barriers go through it, so gloo does for GPUs too; a rank may wait for long.
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    if _rank() > 0:  # what all ranks would say is said once
-        logging.getLogger("spurious").setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python main.py [--config FILE] [key=value ...]
     python main.py --resume results/<run> [key=value ...]
+    torchrun --nproc_per_node=N main.py ...                several GPUs
 
 Exit codes: 0 done; 2 what you can fix (configuration, data, disk), one line a problem; 1 anything
 else; 128 + the signal's number if stopped by one.
@@ -23,46 +24,55 @@ log = logging.getLogger("spurious.main")
 def run(config: Config, command: list[str], early_log: MemoryHandler, resume=None) -> None:
     """The pipeline. Raises `UserError` for what the user can fix.
 
-    resume: (folder of a run, phase to start with) for a run that goes on.
+    resume: (folder of a run, phase to start with) for a run that goes on. Of the processes of
+    torchrun all train, and the first one does the rest.
     """
     # Imported here: `--help` and configuration errors need not wait for torch.
+    import distributed
     import model
 
-    device = model.choose_device(config.device)
+    device = distributed.own_device(model.choose_device(config.device))
     import trackers
     import tracking
 
-    splits = extractor = None
-    loading = time.perf_counter()
-    if resume is None or resume[1] != "plots":
-        splits, extractor = _load(config, device)
-    loading = time.perf_counter() - loading
+    with distributed.process_group(device):
+        splits, facts = None, {}
+        loading = time.perf_counter()
+        if resume is None or resume[1] != "plots":
+            splits, facts = distributed.together(lambda: _load(config, device))
+        loading = time.perf_counter() - loading
 
-    if resume:
-        opened = tracking.resume(*resume, config, device, command)
-    else:
-        opened = tracking.start(config, device, command, extractor and extractor.facts)
-    with opened as results:
-        results.keep_log(early_log)
-        results.add_tracker(trackers.start_wandb(config, results.folder, results.id))
-        diverged = None
-        if splits:
-            results.time("loading", loading)
-            results.save_data(splits.count_rows(), splits.samples)
-            diverged = _learn(config, splits.to(device), device, results)
-        import plotting
+        def opened():
+            if distributed.rank() > 0:
+                return None
+            if resume:
+                return tracking.resume(*resume, config, device, command)
+            return tracking.start(config, device, command, facts)
 
-        with results.timed("plots"):
-            results.images(plotting.draw(results.folder))
+        results = distributed.together(opened)
+        folder = distributed.from_first(results and results.folder)
+        with results or tracking.Silent(folder, config) as results:
+            results.keep_log(early_log)
+            if results.leads:
+                results.add_tracker(trackers.start_wandb(config, folder, results.id))
+            diverged = None
+            if splits:
+                results.time("loading", loading)
+                results.save_data(splits.count_rows(), splits.samples)
+                diverged = _learn(config, splits.to(device), device, results)
+            if results.leads:
+                import plotting
 
-        print(f"Results: {results.folder}", flush=True)
-        if diverged:
-            raise diverged
-        results.enter("done")
+                with results.timed("plots"):
+                    results.images(plotting.draw(folder))
+                print(f"Results: {folder}", flush=True)
+            if diverged:
+                raise diverged
+            results.enter("done")
 
 
 def _load(config: Config, device: str):
-    """(splits, the feature extractor that made their inputs or None)."""
+    """(splits, where they and their features come from)."""
     import data_loader
     import dfr
 
@@ -76,7 +86,7 @@ def _load(config: Config, device: str):
         splits = extractor.extract(splits)
     if config.use_dfr:
         dfr.check(splits)
-    return splits, extractor
+    return splits, {"data": splits.facts, "features": extractor and extractor.facts}
 
 
 def _learn(config: Config, splits, device: str, results):
@@ -85,14 +95,18 @@ def _learn(config: Config, splits, device: str, results):
     import model
     import trainer
 
-    network = model.build(config, splits.train.inputs.shape[1:]).to(device)
+    network = model.build_for(config, splits).to(device)
     try:
-        summaries = trainer.train(network, splits, config, results)
+        summaries, best = trainer.train(network, splits, config, results)
     except trainer.Diverged as error:
         return error
     results.conclude("", summaries)
+    if best:
+        results.conclude("best_", best["summaries"], best["epoch"])
     results.enter("DFR")
-    if config.use_dfr:
+    if config.use_dfr and results.leads:
+        if config.dfr_network == "best":
+            trainer.load_network(network, results.folder, "best", splits.fingerprint())
         with results.timed("DFR"):
             head, retrained = dfr.retrain(network, splits, config)
             dfr.save(results.folder, head, retrained, splits.group_names)

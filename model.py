@@ -22,10 +22,12 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from config import Config, derive_seed
+import distributed
+from config import BATCH_NORM, Config, derive_seed
 from errors import ConfigError
 
 ACTIVATIONS = {
@@ -159,15 +161,16 @@ class MLP(nn.Module):
 class PictureNet(nn.Module):
     """A network for pictures (N, C, H, W): a body that makes features (N, d), then a linear layer.
 
-    max_batch: how many pictures a forward and a backward pass may hold in memory at once.
+    max_batch: how many pictures a forward and a backward pass may hold in memory at once;
+    mixed_precision: whether the body computes in bfloat16 while training on CUDA.
     """
 
-    def __init__(self, body: nn.Module, classifier: nn.Linear, max_batch: int):
+    def __init__(self, body: nn.Module, classifier: nn.Linear, max_batch: int, mixed_precision):
         super().__init__()
         # In this memory format convolutions are faster, on CPUs and on GPUs.
         self.body = body.to(memory_format=torch.channels_last)
         self.classifier = classifier
-        self.max_batch = max_batch
+        self.max_batch, self.mixed_precision = max_batch, mixed_precision
 
     def hidden(self, x: torch.Tensor, layer: int | None = None) -> torch.Tensor:
         """Features: None = what the classifier sees, 0 = the flattened input."""
@@ -175,7 +178,10 @@ class PictureNet(nn.Module):
             return x.flatten(1)
         if layer is not None:
             raise ValueError(f"hidden layer {layer} of a network whose layers have no numbers")
-        return self.body(x.contiguous(memory_format=torch.channels_last))
+        mixed = self.mixed_precision and self.training and x.is_cuda
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
+            h = self.body(x.contiguous(memory_format=torch.channels_last))
+        return h.float() if mixed else h
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Outputs f, (N,) or (N, C), of pictures (N, C, H, W)."""
@@ -252,6 +258,20 @@ def build(config: Config, input_shape, num_outputs: int = 1) -> nn.Module:
     return network
 
 
+def build_for(config: Config, splits) -> nn.Module:
+    """The network for the pictures or features and the labels of these `splits.Splits`."""
+    outputs = num_outputs(config, splits.num_classes)
+    network = build(config, splits.train.inputs.shape[1:], outputs)
+    if distributed.grouped() and config.model_name in BATCH_NORM:
+        if dist.get_backend() == "gloo":
+            raise ConfigError(
+                f"model_name: given {config.model_name}, whose batch norm works over several "
+                "processes on GPUs only; allowed here: MLP, ConvNet"
+            )
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network
+
+
 def _picture_net(config: Config, input_shape, num_outputs: int) -> PictureNet:
     name = config.model_name
     if len(input_shape) != 3 or input_shape[0] not in (1, 3) or min(input_shape[1:]) < 4:
@@ -263,7 +283,7 @@ def _picture_net(config: Config, input_shape, num_outputs: int) -> PictureNet:
     with _seeded(config.seed, "initialisation", "classifier"):
         classifier = nn.Linear(features, num_outputs)
     picture = BYTES_PER_PIXEL[name] * math.prod(input_shape[1:])
-    return PictureNet(body, classifier, max(1, BATCH_BYTES // picture))
+    return PictureNet(body, classifier, max(1, BATCH_BYTES // picture), config.mixed_precision)
 
 
 @contextmanager

@@ -80,6 +80,8 @@ class Run:
     Raises `UserError` when another process has it open.
     """
 
+    leads = True  # of several processes, the one that writes
+
     def __init__(self, folder: Path, config: Config):
         self.folder, self.config = folder, config
         self._lock = _lock(folder)
@@ -209,14 +211,19 @@ class Run:
         """Show saved plots in the trackers."""
         self._each_tracker("images", list(paths))
 
-    def conclude(self, prefix: str, summaries: dict[str, dict[str, float]]) -> None:
-        """Tell the final metrics by split: in the log, and as the trackers' summary."""
+    def conclude(self, prefix: str, summaries: dict[str, dict[str, float]], epoch=None) -> None:
+        """Tell final metrics by split: in the log, in `status.json`, as the trackers' summary.
+
+        prefix: of their names: "" after training, "best_" of the best epoch, "dfr_" after DFR.
+        """
+        if epoch is not None:
+            self.summary[f"{prefix}epoch"] = epoch
         for split, summary in summaries.items():
             self.summary |= {f"{prefix}{split}_{name}": value for name, value in summary.items()}
         test = summaries["test"]
         log.info(
             "Test accuracy%s: worst group %.3f, average %.3f, adjusted %.3f",
-            " after DFR" if prefix else "",
+            {"": "", "dfr_": " after DFR", "best_": f" at the best val epoch, {epoch}"}[prefix],
             test["worst_acc"],
             test["avg_acc"],
             test["adjusted_acc"],
@@ -233,6 +240,37 @@ class Run:
             except Exception as error:  # a tracker must never stop a run; the tables are the truth
                 log.warning("%s stopped tracking: %s", type(tracker).__name__, error)
                 self.trackers.remove(tracker)
+
+
+class Silent:
+    """Stands for the run in the processes that do not write."""
+
+    leads = False
+
+    def __init__(self, folder: Path, config: Config):
+        self.folder, self.config = folder, config
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        pass
+
+    def _nothing(self, *arguments) -> None:
+        pass
+
+    history = analysis = time = images = conclude = enter = sync = rewind = _nothing
+    keep_log = save_data = _nothing
+
+    def sizes(self) -> dict[str, int]:
+        return {}
+
+    def holds(self, sizes: dict[str, int]) -> bool:
+        return Run.holds(self, sizes)
+
+    @contextmanager
+    def timed(self, *arguments):
+        yield
 
 
 class _LogFile(logging.FileHandler):
@@ -283,11 +321,11 @@ def read_status(folder) -> dict:
     return status | {"summary": summary}
 
 
-def start(config: Config, device: str, command: list[str], features: dict | None = None) -> Run:
+def start(config: Config, device: str, command: list[str], facts: dict) -> Run:
     """A new results folder `<experiment_name>_<time>`, never an existing one.
 
     It appears by a rename with `config_used.yaml`, `environment.json` and `status.json` inside.
-    features: what the feature extractor tells of itself. Raises `UserError` when it cannot be made.
+    facts: what else to tell of in `environment.json`. Raises `UserError` when it cannot be made.
     """
     results = Path(config.results_dir)
     fresh = None
@@ -296,8 +334,7 @@ def start(config: Config, device: str, command: list[str], features: dict | None
         fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=results))
         fresh.chmod(0o755)
         files.write_text(fresh / "config_used.yaml", config_yaml(config))
-        facts = environment(config, device, command) | {"features": features}
-        _write_environment(fresh, facts)
+        _write_environment(fresh, environment(config, device, command) | facts)
         write_status(fresh, "running", PHASES[0], secrets.token_hex(4), {})
         folder = _rename_to_unique(fresh, results / f"{config.experiment_name}_{_now()}")
     except OSError as error:
@@ -390,6 +427,7 @@ def environment(config: Config, device: str, command: list[str]) -> dict:
     """Versions, commit, device, seed and command of a run."""
     import torch
 
+    cuda = device.startswith("cuda")
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -402,7 +440,7 @@ def environment(config: Config, device: str, command: list[str]) -> dict:
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "device": device,
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        "device_name": torch.cuda.get_device_name() if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
         "seed": config.seed,
         "command": command,

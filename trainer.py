@@ -21,20 +21,24 @@ import torch
 from tqdm import tqdm
 
 import analysis
+import distributed
 import files
 import methods
 import metrics
 from analysis import Analyses
 from command import Stopped, whole_step
-from config import Config, derive_seed
-from data_loader import Split, Splits
-from errors import UserError
+from config import BATCH_NORM, Config, derive_seed
+from errors import DataError, UserError
 from model import parameter_groups
+from splits import Split, Splits
 
 log = logging.getLogger(f"spurious.{__name__}")
 
 KEPT_CHECKPOINTS = 2
-STATE = {"epoch", "step", "model", "optimizer", "method", "summaries", "table_sizes"}
+STATE = {
+    "epoch", "step", "model", "optimizer", "method", "summaries", "best", "table_sizes", "data"
+}  # fmt: skip
+BEST = {"epoch", "score", "summaries", "model", "data"}
 PLAIN_LINES = 100  # at most about so many progress lines where there is no terminal
 
 
@@ -44,9 +48,13 @@ class Diverged(UserError):
     final = True  # resuming would only repeat it
 
 
-def build_optimizer(model, config: Config) -> torch.optim.Optimizer:
-    """SGD or AdamW with the learning rates of the parametrisation."""
+def build_optimizer(model, config: Config, more=()) -> torch.optim.Optimizer:
+    """SGD or AdamW with the learning rates of the parametrisation; more: further parameters."""
     groups = parameter_groups(model, config)
+    if more:
+        groups.append({"params": list(more), "lr": config.learning_rate})
+    for group in groups:
+        group["initial_lr"] = group["lr"]
     if config.optimizer == "SGD":
         return torch.optim.SGD(
             groups,
@@ -57,21 +65,37 @@ def build_optimizer(model, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
-def minibatch_epoch(
-    model, optimizer, split: Split, loss, batch_size: int, seed: int, first=0, after_step=None
-) -> None:
-    """One pass over the split in random batches; every step follows the batch's mean loss.
+def learning_rate_factor(config: Config, epoch: int) -> float:
+    """By what the scheduler multiplies the learning rate in an epoch (from 1).
 
-    first: steps to leave out; after_step(i): called after the i-th step, as a part of it.
+    cosine: (1 + cos(π·(epoch - 1)/epochs))/2 (Loshchilov & Hutter, 2017), from 1 towards 0.
+    """
+    if config.scheduler == "none":
+        return 1.0
+    return (1 + math.cos(math.pi * (epoch - 1) / config.epochs)) / 2
+
+
+def minibatch_epoch(
+    model, optimizer, split: Split, loss, batch_size: int, seed: int, method=None, first=0,
+    after_step=None,
+) -> None:  # fmt: skip
+    """One pass over the split in random batches; every step follows the method's batch loss.
+
+    method: None for ERM, the batch's mean loss; first: steps to leave out; after_step(i): called
+    after the i-th step, as a part of it. Of several processes each takes its part of a batch.
     """
     model.train()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(split), generator=generator).to(split.y.device)
-    plan = list(enumerate(order.split(batch_size), 1))[first:]
-    for i, index, x in metrics.batches(split, plan):
+    parts = (batch[distributed.rank() :: distributed.world()] for batch in order.split(batch_size))
+    group = split.group
+    for i, index, x in metrics.batches(split, list(enumerate(parts, 1))[first:]):
         with whole_step():
             optimizer.zero_grad()
-            loss.value(model(x), split.y[index]).mean().backward()
+            if method is None:
+                loss.value(model(x), split.y[index]).mean().backward()
+            else:
+                method.backward(model, loss, x, split.y[index], group[index])
             optimizer.step()
             if after_step:
                 after_step(i)
@@ -89,12 +113,13 @@ def full_batch_step(model, optimizer, split: Split, loss, weights, batch_size: i
     optimizer.step()
 
 
-def train(model, splits: Splits, config: Config, run) -> dict[str, dict[str, float]]:
+def train(model, splits: Splits, config: Config, run) -> tuple[dict, dict]:
     """Train the network and record everything in the run (a `tracking.Run`).
 
     Goes on from the run's last checkpoint, if there is one. Returns the last epoch's summaries
-    (see `metrics.summary`) by split. Raises `Diverged` when the loss turns NaN or infinite, after
-    recording that epoch.
+    (see `metrics.summary`) by split, and {"epoch", "score", "summaries"} of the epoch with the
+    best validation accuracy (`selection_metric`), {} without validation data. Raises `Diverged`
+    when the loss turns NaN or infinite, after recording that epoch.
     """
     return _Training(model, splits, config, run).all_epochs()
 
@@ -103,20 +128,25 @@ class _Training:
     def __init__(self, model, splits: Splits, config: Config, run):
         self.model, self.splits, self.config, self.run = model, splits, config, run
         self.loss = metrics.LOSSES[config.loss_function]
-        self.method = methods.build(config, splits.train.counts)
-        self.optimizer = build_optimizer(model, config)
+        self.method = methods.build(config, splits)
+        self.optimizer = build_optimizer(model, config, self.method.prepare(model))
         self.analyses = Analyses(config, splits)
-        batch = config.train_batch_size
-        self.full_batch = self.method.full_batch or batch is None or batch >= len(splits.train)
+        self.data = splits.fingerprint()
+        self.full_batch = takes_full_batch(config, self.method)
         # Where an epoch is one plain gradient step, the gap's change can be held against theory.
         self.plain_step = (
             self.full_batch
             and config.optimizer == "SGD"
             and config.momentum == 0
             and config.weight_decay == 0
+            and config.scheduler == "none"
+            and self.method.source is splits.train
+            and not config.data_augmentation
             and config.jacobian_num_samples is None
             and config.gradient_gram_num_samples is None
         )
+        self.leads = distributed.rank() == 0  # the one rank that writes
+        self.best: dict = {}  # epoch, score and summaries of the best epoch on validation data
         self.epoch = -1  # the last one that is recorded
         self.step = 0  # steps done since then
         self.summaries: dict[str, dict[str, float]] = {}  # of the last recorded epoch
@@ -147,29 +177,37 @@ class _Training:
         if self.plain_step:
             # Of the last epoch; a longer run, resumed from the last checkpoint, knows it.
             self.run.analysis(self.analyses.measured_rows(self.epoch, lambda *_: math.nan))
-        files.save(self.run.folder / "model.pt", partial(torch.save, self.model.state_dict()))
-        return self.summaries
+        if self.leads:
+            files.save(self.run.folder / "model.pt", partial(torch.save, self.model.state_dict()))
+        return self.summaries, self.best
 
     def train_epoch(self, epoch: int) -> None:
-        train, config = self.splits.train, self.config
+        source, config = self.method.source, self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * learning_rate_factor(config, epoch)
+        if config.data_augmentation:
+            source = source.augmented(derive_seed(config.seed, "augmentation", epoch))
         if not self.full_batch:
+            self.method.start_epoch(epoch, self.step)
             seed = derive_seed(config.seed, "batches", epoch)
+            size = config.train_batch_size or len(source)
             minibatch_epoch(
-                self.model, self.optimizer, train, self.loss, config.train_batch_size, seed,
+                self.model, self.optimizer, source, self.loss, size, seed, self.method,
                 first=self.step, after_step=partial(setattr, self, "step"),
             )  # fmt: skip
         elif self.step == 0:
             losses = metrics.group_losses(self.summaries["train"])
-            weights = self.method.flow_weights(losses, train.counts)
+            weights = self.method.step_weights(losses)
             with whole_step():
                 self.method.advance(losses)
                 full_batch_step(
-                    self.model, self.optimizer, train, self.loss, weights, config.eval_batch_size
+                    self.model, self.optimizer, source, self.loss, weights, config.eval_batch_size
                 )
                 self.step = 1
 
     def record(self, epoch: int) -> None:
         """Evaluate, analyse what is due, write the rows."""
+        config = self.config
         measurement = self.analyses.measure(self.model, epoch)
         summaries = self.evaluate(measurement)
         losses = metrics.group_losses(summaries["train"])
@@ -192,6 +230,14 @@ class _Training:
         self.run.analysis(self.analyses.rows(measurement, self.method, losses))
         if not self.plain_step:
             self.run.analysis(self.analyses.measured_rows(epoch, lambda *_: math.nan))
+        self.run.analysis(
+            [
+                {"epoch": epoch, "split": "train", "analysis": config.debias_method, "pair": "",
+                 "quantity": quantity, "value": value}
+                for quantity, value in self.method.measured().items()
+            ]
+        )  # fmt: skip
+        self.keep_best(epoch, summaries)
         if measurement.K is not None or measurement.K_jacobian is not None:
             self.grams[epoch] = (measurement.K, measurement.K_jacobian)
         with whole_step():
@@ -234,6 +280,20 @@ class _Training:
 
         return change
 
+    def keep_best(self, epoch: int, summaries) -> None:
+        """Keep the network in `checkpoints/best.pt` when validation accuracy is the best so far."""
+        if "val" not in summaries:
+            return
+        score = summaries["val"][selection_metric(self.splits)]
+        if score > self.best.get("score", -math.inf):
+            best = {"epoch": epoch, "score": score, "summaries": summaries}
+            if self.leads:
+                folder = self.run.folder / "checkpoints"
+                folder.mkdir(exist_ok=True)
+                state = best | {"model": self.model.state_dict(), "data": self.data}
+                files.save(folder / "best.pt", partial(torch.save, state))
+            self.best = best
+
     def checkpoint_is_due(self) -> bool:
         every = self.config.checkpoint_every
         last = self.epoch == self.config.epochs
@@ -241,7 +301,7 @@ class _Training:
 
     def checkpoint(self) -> None:
         """Write the state after the last whole step, unless nothing is recorded yet."""
-        if self.epoch < 0:
+        if self.epoch < 0 or not self.leads:
             return
         folder = self.run.folder / "checkpoints"
         folder.mkdir(exist_ok=True)
@@ -254,7 +314,9 @@ class _Training:
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state(),
             "summaries": self.summaries,
+            "best": self.best,
             "table_sizes": self.sizes,
+            "data": self.data,
         }
         # Names sort by age: a step is written while its epoch is not yet over.
         name = f"epoch_{self.epoch:07d}_step_{self.step:09d}.pt"
@@ -265,14 +327,16 @@ class _Training:
     def restore(self) -> None:
         """Go on from the last checkpoint, or from the beginning if there is none."""
         state = read_checkpoint(self.run.folder / "checkpoints", self.run)
+        distributed.barrier()  # all have read before the first rank writes
         self.run.rewind(state["table_sizes"] if state else {})
         if state is None:
             return
+        check_data(state, self.data, self.run.folder)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state(state["method"])
         self.epoch, self.step, self.summaries = state["epoch"], state["step"], state["summaries"]
-        self.sizes = state["table_sizes"]
+        self.sizes, self.best = state["table_sizes"], state["best"]
         self.load_grams()
         log.info("Going on from epoch %d%s", self.epoch, f", step {self.step}" * bool(self.step))
 
@@ -281,7 +345,7 @@ class _Training:
 
         With sample caps that differ, `K_jacobian` holds the matrices of the Jacobian norms.
         """
-        if not self.grams:
+        if not self.grams or not self.leads:
             return
         unknown = np.full((2 * analysis.ROWS, 2 * analysis.ROWS), np.nan)
 
@@ -308,6 +372,35 @@ class _Training:
                     self.grams[epoch] = tuple(Ks)
 
 
+def takes_full_batch(config: Config, method) -> bool:
+    """Whether an epoch is one step on the whole split.
+
+    Not with batch norm, which needs the groups mixed: there the whole split is one batch.
+    """
+    size = config.train_batch_size
+    if config.model_name in BATCH_NORM:
+        return False
+    by_groups = method.weights_groups and config.group_batches == "full"
+    return by_groups or size is None or size >= len(method.source)
+
+
+def selection_metric(splits: Splits) -> str:
+    """What the best epoch is chosen by: the worst of four groups, of more the minority.
+
+    The worst of a hundred groups with a handful of samples each says nothing.
+    """
+    return "worst_acc" if len(splits.cells) <= 4 else "minority_acc"
+
+
+def check_data(state: dict, fingerprint: str, folder) -> None:
+    """Raises `DataError` if a checkpoint is of other splits than these."""
+    if state["data"] != fingerprint:
+        raise DataError(
+            f"{folder}: the data are not those of this run any more (data_dir, or files in it, "
+            "have changed), so that what was training data could now be test data"
+        )
+
+
 def read_checkpoint(folder, run) -> dict | None:
     """The newest checkpoint that can be read and whose tables are there; None if there is none.
 
@@ -316,7 +409,7 @@ def read_checkpoint(folder, run) -> dict | None:
     paths = sorted(folder.glob("epoch_*.pt"), reverse=True)
     for path in paths:
         try:
-            state = _load(path)
+            state = _load(path, STATE)
         except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
             log.warning("%s: not readable (%s)", path, str(error).partition("\n")[0])
             continue
@@ -328,13 +421,30 @@ def read_checkpoint(folder, run) -> dict | None:
     return None
 
 
-def _load(path) -> dict:
+def _load(path, keys: set[str]) -> dict:
     if not zipfile.is_zipfile(path):  # torch's older formats are pickles as a whole
         raise ValueError("not a whole checkpoint")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or set(state) != STATE:
-        raise ValueError(f"has not what a checkpoint has: {', '.join(sorted(STATE))}")
+    if not isinstance(state, dict) or set(state) != keys:
+        raise ValueError(f"has not what a checkpoint has: {', '.join(sorted(keys))}")
     return state
+
+
+def load_network(model, folder, which: str, fingerprint: str) -> None:
+    """Give the network the weights of a run's "last" checkpoint or of its "best" epoch.
+
+    fingerprint: of the splits, see `check_data`. Raises `UserError` when there is none of use.
+    """
+    places = folder / "checkpoints"
+    paths = [places / "best.pt"] if which == "best" else sorted(places.glob("epoch_*.pt"))[-1:]
+    if not all(path.exists() for path in paths) or not paths:
+        raise UserError(f"{places}: no {which} checkpoint")
+    try:
+        state = _load(paths[0], BEST if which == "best" else STATE)
+    except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{paths[0]}: not readable, {error}") from None
+    check_data(state, fingerprint, folder)
+    model.load_state_dict(state["model"])
 
 
 class _Progress:
@@ -348,7 +458,7 @@ class _Progress:
     def __enter__(self):
         self.bar = tqdm(
             total=self.epochs,
-            disable=not self.live,
+            disable=not self.live or distributed.rank() > 0,
             dynamic_ncols=True,
             bar_format="epoch {n_fmt}/{total_fmt} {bar} {desc} {remaining} left",
         )

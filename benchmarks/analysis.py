@@ -24,7 +24,7 @@ def checkpoint(net, splits, config):
     loss = metrics.LOSSES[config.loss_function]
     train = splits.train
     summary = metrics.summary(measurement.outputs["train"], train, loss, train.shares)
-    method = methods.build(config, train.counts)
+    method = methods.build(config, splits)
     return analyses.rows(measurement, method, metrics.group_losses(summary)), summary
 
 

@@ -8,7 +8,7 @@ import torch
 
 import config as configuration
 import model
-from data_loader import Split, Splits
+from splits import Split, Splits
 
 PIXELS = 2352  # 3 × 28 × 28
 

@@ -73,10 +73,10 @@ def ours(data_dir: Path, folder: Path, fraction: float) -> dict:
     import feature_extractor
     import model
     import trainer
-    from data_loader import Split, Splits
     from metrics import LOSSES
     from pictures import Pictures
     from sources import waterbirds
+    from splits import Split, Splits
 
     config = _config(folder)
     start = time.perf_counter()

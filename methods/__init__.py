@@ -1,16 +1,24 @@
 """Training methods: each file holds what differs from ERM and nothing else.
 
-A method says with which weights w_g its flow moves the parameters, dθ/dt = -Σ w_g ∇R_g. A new
-method is one file with a subclass of `ERM` and one line here.
+A method says what a step follows: with which weights w_g the full batch moves the parameters,
+dθ/dt = -Σ w_g ∇R_g, and which loss a mini-batch has. A new method is one file with a subclass of
+`ERM` and one line here.
 """
 
-from methods.erm import ERM
+from methods.erm import ERM, ERMTarget
 from methods.group_dro import GroupDRO
 from methods.importance_weighting import IWUniform
+from methods.scale import SCALE
 
-METHODS = {"None": ERM, "IW_uniform": IWUniform, "GroupDRO": GroupDRO}
+METHODS = {
+    "None": ERM,
+    "IW_uniform": IWUniform,
+    "GroupDRO": GroupDRO,
+    "ERM_target": ERMTarget,
+    "SCALE": SCALE,
+}
 
 
-def build(config, counts) -> ERM:
-    """The configured method for a training split with these group counts."""
-    return METHODS[config.debias_method](config, counts)
+def build(config, splits) -> ERM:
+    """The configured method for these splits. Raises `DataError` if they do not suit it."""
+    return METHODS[config.debias_method](config, splits)

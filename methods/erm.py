@@ -1,28 +1,66 @@
 """Empirical risk minimisation: every sample counts the same."""
 
+import math
+
+import distributed
 import groups
+from errors import DataError
 
 
 class ERM:
     """Base of all methods. The flow of ERM is -∇R = -Σ π_g ∇R_g."""
 
-    # Full batch over groups (one step an epoch), whatever `train_batch_size` says.
-    full_batch = False
+    # Whether the method weights groups and may take the full batch for it (`group_batches`).
+    weights_groups = False
 
-    def __init__(self, config, counts):
-        """counts: samples per group of the training split."""
-        self.config, self.counts = config, list(counts)
+    def __init__(self, config, splits):
+        """splits: a `splits.Splits`; raises `DataError` if they do not suit the method."""
+        self.config, self.splits = config, splits
+        self.counts = list(splits.train.counts)
+
+    @property
+    def source(self):
+        """The split that batches come from."""
+        return self.splits.train
 
     def flow_weights(self, group_losses, counts) -> list[float]:
-        """Weights w_g of the next step. Changes nothing.
+        """Weights w_g of the flow -Σ w_g ∇R_g on the training split; NaN if it is no such flow.
 
         group_losses: mean losses R_g on the training split before the step; counts: samples per
-        group of the split whose gradients are weighted (training's own for a step).
+        group of the split whose gradients are weighted (training's own for a step). Changes
+        nothing.
         """
         return groups.shares(counts)
 
+    def step_weights(self, group_losses) -> list[float]:
+        """Weights w_g of a full-batch step on `source`."""
+        return self.flow_weights(group_losses, self.source.counts)
+
     def advance(self, group_losses) -> None:
-        """Update the method's state before a step from the mean losses R_g."""
+        """Update the method's state before a full-batch step from the mean losses R_g."""
+
+    def batch_loss(self, losses, group):
+        """What a step on a batch follows, from its losses (B,) and group indices (B,).
+
+        With several processes these are this rank's part; the steps follow the sum over ranks.
+        """
+        return losses.mean() if not distributed.grouped() else losses.sum() / _size(losses)
+
+    def prepare(self, model) -> list:
+        """Build what is trained besides the network; returns its parameters."""
+        return []
+
+    def start_epoch(self, epoch: int, first: int) -> None:
+        """Called before the steps of an epoch from the step `first` on."""
+
+    def backward(self, model, loss, x, y, group) -> None:
+        """Fill the gradients for a step on a batch: inputs x (B, ...), labels y, groups (B,)."""
+        self.batch_loss(loss.value(model(x), y), group).backward()
+        distributed.sum_gradients(model.parameters())
+
+    def measured(self) -> dict[str, float]:
+        """What the method measured in the epoch's steps so far: {quantity: value}."""
+        return {}
 
     def state(self) -> dict:
         """What a checkpoint has to hold of the method."""
@@ -30,3 +68,30 @@ class ERM:
 
     def load_state(self, state: dict) -> None:
         """Take back what `state` gave."""
+
+
+class ERMTarget(ERM):
+    """ERM on the target set alone: small, but without the spurious correlation."""
+
+    def __init__(self, config, splits):
+        super().__init__(config, splits)
+        if splits.target is None:
+            raise DataError(
+                f"debias_method: {config.debias_method} trains on a target set, which these "
+                "settings do not make; raise val_target_size"
+            )
+
+    @property
+    def source(self):
+        return self.splits.target
+
+    def flow_weights(self, group_losses, counts) -> list[float]:
+        return [math.nan] * len(counts)  # the gradients are of another split
+
+    def step_weights(self, group_losses) -> list[float]:
+        return groups.shares(self.source.counts)
+
+
+def _size(losses) -> int:
+    """Samples of the whole batch, over all ranks."""
+    return int(distributed.total(losses.new_tensor([len(losses)])).item())

@@ -1,25 +1,30 @@
 """Group distributionally robust optimisation: the worse a group does, the more it counts.
 
-Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", 2020, Algorithm 1, in
-full batch over groups.
+Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", 2020, Algorithm 1: in
+full batch over groups, or online, with the group losses of each mini-batch.
 """
 
 import math
 
+import torch
+
+import distributed
 from methods.erm import ERM
 
 
 class GroupDRO(ERM):
     """w = q, with q_g ← q_g·exp(η·R_g)/Z before every step; q starts uniform.
 
+    Online R_g is the mean over the batch; a group that the batch has not keeps its q but for Z.
+
     The state is log q: in long runs the weight of an easy group falls below what a float holds,
     and must still be able to come back. An empty group has log q = -inf and stays there.
     """
 
-    full_batch = True
+    weights_groups = True
 
-    def __init__(self, config, counts):
-        super().__init__(config, counts)
+    def __init__(self, config, splits):
+        super().__init__(config, splits)
         there = sum(count > 0 for count in self.counts)
         self.log_q = [-math.log(there) if count else -math.inf for count in self.counts]
 
@@ -37,6 +42,16 @@ class GroupDRO(ERM):
 
     def advance(self, group_losses) -> None:
         self.log_q = self._next_log_q(group_losses)
+
+    def batch_loss(self, losses, group):
+        """Σ q_g R_g over the groups of the batch, after the update of q."""
+        counts = distributed.total(torch.bincount(group, minlength=len(self.counts)))
+        sums = torch.zeros(len(self.counts), dtype=losses.dtype, device=losses.device)
+        sums = distributed.total(sums.index_add_(0, group, losses.detach()))
+        # exp(η·0) = 1: absent groups change by the normalisation only.
+        self.log_q = self._next_log_q((sums / counts.clamp_min(1)).tolist())
+        weights = losses.new_tensor([math.exp(value) for value in self.log_q]) / counts
+        return (losses * weights[group]).sum()
 
     def state(self) -> dict:
         return {"log_q": self.log_q}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import config as configuration
-from data_loader import Split, Splits
+from splits import Split, Splits
 
 
 @pytest.fixture(scope="session")

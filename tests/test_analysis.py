@@ -358,7 +358,7 @@ def test_empty_groups_are_nan_where_they_count_and_only_there():
     K = gram(net, config, both)
     V = twin_rows(net, splits.train, "logistic")
     loss, counts = metrics.LOSSES["logistic"], splits.train.counts
-    weights = methods.METHODS["None"](config, counts).flow_weights([1.0] * 4, counts)
+    weights = methods.METHODS["None"](config, splits).flow_weights([1.0] * 4, counts)
 
     there = analysis.gap_dynamics_factors(K, (0, 3), "train", "train", counts, weights)
     average = (8 * V[0] + 6 * V[3]) / 14
@@ -449,7 +449,7 @@ def test_caps_in_a_measurement(caps):
     splits = make_splits()
     analyses = analysis.Analyses(config, splits)
     measurement = analyses.measure(net, 0)
-    method = methods.build(config, splits.train.counts)
+    method = methods.build(config, splits)
     rows = analyses.rows(measurement, method, [1.0] * 4)
     found = {(r["split"], r["analysis"], r["pair"], r["quantity"]): r["value"] for r in rows}
     seed = analysis.derive_seed(config.seed, "analysis samples", "train")
@@ -488,6 +488,6 @@ def test_analysis_target_limits_the_splits():
     net, config = network(analysis_target="test")
     splits = make_splits()
     analyses = analysis.Analyses(config, splits)
-    method = methods.build(config, splits.train.counts)
+    method = methods.build(config, splits)
     rows = analyses.rows(analyses.measure(net, 0), method, [1.0] * 4)
     assert {row["split"] for row in rows} == {"test"}

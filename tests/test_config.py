@@ -94,7 +94,7 @@ EPOCHS = "allowed: null (every epoch) or a list of epochs, such as [0, 1, 5]; []
         ("use_bias: 'true'", "use_bias: given 'true' (text); allowed: true, false"),
         ("optimizer: sgd", "optimizer: given 'sgd' (text); allowed: SGD, Adam; did you mean SGD?"),
         ("optimizer: null", "optimizer: given null; allowed: SGD, Adam"),
-        ("debias_method: DRO", "debias_method: given 'DRO' (text); allowed: None, IW_uniform, GroupDRO"),
+        ("debias_method: DRO", "debias_method: given 'DRO' (text); allowed: None, IW_uniform, GroupDRO, ERM_target, SCALE"),
         ("hiden_dim: 3", "hiden_dim: given 3, but there is no such key; did you mean hidden_dim?"),
         ("xyzzy: 3", "xyzzy: given 3, but there is no such key"),
         ("wandb: {enabel: true}", "wandb.enabel: given true, but there is no such key; did you mean wandb.enable?"),

@@ -26,8 +26,8 @@ import feature_cache
 import feature_extractor
 import main
 from config import derive_seed
-from data_loader import Split, Splits
 from errors import ConfigError, DataError
+from splits import Split, Splits
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,7 +14,7 @@ from config import validate
 
 
 def method(name, counts=(10, 5, 3, 12), **keys):
-    return methods.build(validate({"debias_method": name, **keys}), counts)
+    return methods.build(validate({"debias_method": name, **keys}), make_splits(train=counts))
 
 
 def test_weights_of_erm_and_importance_weighting():

@@ -1,6 +1,7 @@
 """Networks for pictures: their formulas, seeds and weights, and a run with each of them."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -252,7 +253,8 @@ def train(fake_run, settings, name, splits, **keys):
     config = settings(model_name=name, latent_size=8, normalize_inputs=False, **keys)
     net = model.build(config, splits.train.inputs.shape[1:]).to(splits.train.inputs.dtype)
     fake_run.rows, fake_run.analyses = [], []
-    summaries = trainer.train(net, splits, config, fake_run)
+    shutil.rmtree(fake_run.folder / "checkpoints", ignore_errors=True)
+    summaries, _ = trainer.train(net, splits, config, fake_run)
     return net, summaries
 
 
