@@ -218,8 +218,10 @@ def test_asking_for_more_than_there_is(load):
     )
     with pytest.raises(DataError, match="num_test_samples: 400 samples need 40 pictures of class"):
         load(num_test_samples=400, **TEN)
-    with pytest.raises(DataError, match=r"val_target_size: 100 samples .*; lower val_target_size$"):
-        load(val_target_size=200, num_train_samples=None, **TEN | {"dominoes_classes": "binary"})
+    with pytest.raises(DataError, match=r"val_target_size: 104 samples .*; lower val_target_size$"):
+        load(val_target_size=208)
+    with pytest.raises(DataError, match="val_target_size: 200 pictures are all that there are"):
+        load(val_target_size=200)
 
 
 def test_dfr_on_the_target_set(load):
@@ -250,7 +252,7 @@ def test_samples_to_look_at(load):
     assert samples["pictures"].shape == (32, 64, 32, 3)
     assert 0.99 < samples["pictures"].max() <= 1 and samples["pictures"].min() == 0
     assert np.bincount(samples["group"]).tolist() == [8] * 4
-    assert load(image_size=224).samples["pictures"].shape == (32, 112, 112, 3)
+    assert load(image_size=224, train_correlation=0).samples["pictures"].shape == (32, 112, 112, 3)
     samples = load(spurious_strength=0.5, **TEN).samples
     assert np.bincount(samples["y"]).tolist() == [8] * 10
     assert (samples["y"] == samples["a"]).sum() == 40
