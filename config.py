@@ -721,7 +721,7 @@ EFFECT = [
     ),
     (
         lambda c: not c.use_dfr or c.dfr_balance,
-        "without dfr_balance there is one fit, on all the data",
+        "without dfr_balance there is one fit",
         ["dfr_num_retrains"],
     ),
     (lambda c: c.use_dfr and c.dfr_reg != "none", "no penalty to choose", ["dfr_c_options"]),

@@ -4,6 +4,9 @@ Kirichenko et al., "Last Layer Re-Training is Sufficient for Robustness to Spuri
 2023: standardise the features with the training split's statistics; tune the penalty on a
 group-balanced half of the data, scored by worst-group accuracy on the other half; then fit
 several times on fresh group-balanced subsets of all the data and average the coefficients.
+
+On a target set without shortcut: one fit on all of it, on the features as they are, with the
+penalty that does best on the validation split's samples whose attribute is not their label.
 """
 
 import json
@@ -25,19 +28,24 @@ from model import target_layer
 
 log = logging.getLogger(f"spurious.{__name__}")
 
+MOST_GROUPS = 8  # more are not listed in the text; the JSON file has all
+
 
 @dataclass
 class Head:
-    """f = ((h - mean) / scale) · coefficients + intercept, on features h (N, d)."""
+    """f = ((h - mean) / scale) · coefficients + intercept, on features h (N, d).
+
+    Scalar outputs: coefficients (d,) and a number; outputs of C classes: (C, d) and (C,).
+    """
 
     mean: np.ndarray
     scale: np.ndarray
     coefficients: np.ndarray
-    intercept: float
+    intercept: float | np.ndarray
 
     def outputs(self, h: np.ndarray) -> torch.Tensor:
-        """Outputs f (N,) float64."""
-        f = ((h - self.mean) / self.scale) @ self.coefficients + self.intercept
+        """Outputs f, (N,) or (N, C), float64."""
+        f = ((h - self.mean) / self.scale) @ self.coefficients.T + self.intercept
         return torch.from_numpy(np.asarray(f, dtype=np.float64))
 
 
@@ -48,12 +56,16 @@ def check(splits: Splits) -> None:
             "dfr_val_ratio: too small, no sample is set aside for DFR; raise it or "
             "num_train_samples, or set use_dfr: false"
         )
-    if len(set(splits.dfr.y.tolist())) < 2:
+    labels = len(splits.dfr.y.unique())
+    if labels < splits.num_classes:
+        found = "one label" if labels == 1 else f"{labels} of {splits.num_classes} labels"
         raise DataError(
-            "use_dfr: the data set aside for DFR hold one label only; raise dfr_val_ratio or "
+            f"use_dfr: the data set aside for DFR hold {found} only; raise dfr_val_ratio or "
             "num_train_samples, or set use_dfr: false"
         )
     empty = [splits.group_names[g] for g, count in enumerate(splits.dfr.counts) if not count]
+    if len(empty) > 4:
+        empty = [f"{len(empty)} of {len(splits.group_names)} groups"]
     if empty:
         log.warning("DFR has no samples of %s to retrain on", " and ".join(empty))
 
@@ -84,25 +96,57 @@ def halves(split: Split, rng: np.random.Generator) -> tuple[list, list]:
     return fitting, [rows[middle:] for rows, middle in zip(members, middles)]
 
 
+def rows_to_fit(members: list[np.ndarray], rng: np.random.Generator, config: Config) -> np.ndarray:
+    """A balanced subset of these rows of each group, or all of them."""
+    return balanced(members, rng) if config.dfr_balance else np.sort(np.concatenate(members))
+
+
 def tune(features, split: Split, config: Config) -> list[dict]:
     """Worst-group accuracy of every C option, [{"c", "worst_acc"}], in increasing C.
 
-    A group-balanced subset of one half is for fitting, the other half scores; NaN when no group
-    has a second sample to score with.
+    One half, or a group-balanced subset of it, is for fitting, the other half scores; NaN when no
+    group has a second sample to score with.
     """
     rng = np.random.default_rng(derive_seed(config.seed, "dfr", "tune"))
     fitting, scoring = halves(split, rng)
-    rows = balanced(fitting, rng)
-    seed = derive_seed(config.seed, "dfr", "solver") % 2**31
-    options = sorted(set(config.dfr_c_options))
-    fits = _fit_all(features, split, [(rows, c, seed) for c in options], config)
-    labels = split.y.cpu().numpy()
     table = []
-    for c, found in zip(options, fits):
-        right = (features @ found.coefficients + found.intercept) * labels > 0
+    for c, found in _fit_options(features, split, rows_to_fit(fitting, rng, config), config):
+        right = _right(found, features, split)
         accuracies = [right[held].mean() for held in scoring if len(held)]
         table.append({"c": c, "worst_acc": float(min(accuracies, default=math.nan))})
     return table
+
+
+def tune_on_validation(features, split: Split, val_features, val: Split, config: Config):
+    """Validation minority accuracy of every C option, [{"c", "minority_acc"}], in increasing C.
+
+    Fitted on the whole split, or a group-balanced subset of it.
+    """
+    rng = np.random.default_rng(derive_seed(config.seed, "dfr", "tune"))
+    rows = rows_to_fit(_members(split), rng, config)
+    minority = (val.y != val.a).cpu().numpy()
+    table = []
+    for c, found in _fit_options(features, split, rows, config):
+        right = _right(found, val_features, val)[minority]
+        table.append({"c": c, "minority_acc": float(right.mean()) if len(right) else math.nan})
+    return table
+
+
+def _members(split: Split) -> list[np.ndarray]:
+    return [np.arange(part.start, part.stop) for part in split.slices]
+
+
+def _fit_options(features, split: Split, rows, config: Config):
+    """(C, fit on these rows) for every C option, in increasing C."""
+    seed = derive_seed(config.seed, "dfr", "solver") % 2**31
+    options = sorted(set(config.dfr_c_options))
+    return zip(options, _fit_all(features, split, [(rows, c, seed) for c in options], config))
+
+
+def _right(found: logistic.Fit, features, split: Split) -> np.ndarray:
+    """Which samples a fit gets right, (N,) bool."""
+    f = features @ found.coefficients.T + found.intercept
+    return metrics.correct(torch.from_numpy(f), split.y.cpu()).numpy()
 
 
 def _fit_all(features, split: Split, tasks, config: Config):
@@ -125,42 +169,64 @@ def retrain(model, splits: Splits, config: Config) -> tuple[Head, dict]:
 
     The results hold, before and after, the very metrics of the network on every split.
     """
-    source = splits.dfr
-    scaler = StandardScaler()
-    for h in feature_batches(model, splits.train, config):
-        scaler.partial_fit(h)
-    features = np.concatenate([scaler.transform(h) for h in feature_batches(model, source, config)])
+    source, scaler = splits.dfr, None
+    if config.dfr_standardize:
+        scaler = StandardScaler()
+        for h in feature_batches(model, splits.train, config):
+            scaler.partial_fit(h)
 
+    def features_of(split):
+        batches = feature_batches(model, split, config)
+        return np.concatenate([scaler.transform(h) if scaler else h for h in batches])
+
+    features = features_of(source)
     tuning, c = [], None
+    on_target = config.dfr_val_split_strategy == "target"
+    score = "minority_acc" if on_target else "worst_acc"
     if config.dfr_reg != "none":
-        tuning = tune(features, source, config)
+        if on_target:
+            val_features = features_of(splits.val)
+            tuning = tune_on_validation(features, source, val_features, splits.val, config)
+        else:
+            tuning = tune(features, source, config)
         # Ties go to the smaller C: the options are in increasing order.
-        best = max((row["worst_acc"] for row in tuning), default=math.nan)
-        c = next((row["c"] for row in tuning if row["worst_acc"] == best), tuning[0]["c"])
+        best = max((row[score] for row in tuning), default=math.nan)
+        c = next((row["c"] for row in tuning if row[score] == best), tuning[0]["c"])
 
-    members = [np.arange(part.start, part.stop) for part in source.slices]
     tasks = []
-    for i in range(config.dfr_num_retrains):
+    for i in range(config.dfr_num_retrains if config.dfr_balance else 1):
         rng = np.random.default_rng(derive_seed(config.seed, "dfr", "retrain", i))
         seed = derive_seed(config.seed, "dfr", "solver", i) % 2**31
-        tasks.append((balanced(members, rng), c, seed))
+        tasks.append((rows_to_fit(_members(source), rng, config), c, seed))
     fits = _fit_all(features, source, tasks, config)
+    coefficients = np.mean([found.coefficients for found in fits], axis=0)
+    intercept = np.mean([found.intercept for found in fits], axis=0)
+    if config.loss_function == "cross_entropy" and coefficients.ndim == 1:
+        # Two outputs with the difference f: their cross entropy is f's logistic loss.
+        coefficients = np.stack([-coefficients / 2, coefficients / 2])
+        intercept = np.array([-intercept / 2, intercept / 2])
+    width = features.shape[1]
     head = Head(
-        mean=scaler.mean_,
-        scale=scaler.scale_,
-        coefficients=np.mean([found.coefficients for found in fits], axis=0),
-        intercept=float(np.mean([found.intercept for found in fits])),
+        mean=scaler.mean_ if scaler else np.zeros(width),
+        scale=scaler.scale_ if scaler else np.ones(width),
+        coefficients=coefficients,
+        intercept=intercept,
     )
     results = {
         "target_layer": config.dfr_target_layer,
         "split_strategy": config.dfr_val_split_strategy,
+        "balanced": config.dfr_balance,
+        "standardized": config.dfr_standardize,
         "reg": config.dfr_reg,
         "c": c,
-        "num_retrains": config.dfr_num_retrains,
-        "samples_per_group": min(filter(None, source.counts)),
-        "num_features": len(head.coefficients),
-        "nonzero_coefficients": int(np.count_nonzero(head.coefficients)),
+        "num_retrains": len(tasks),
+        "num_samples": len(tasks[0][0]),
+        "samples_per_group": min(filter(None, source.counts)) if config.dfr_balance else None,
+        "num_features": width,
+        "num_coefficients": coefficients.size,
+        "nonzero_coefficients": int(np.count_nonzero(coefficients)),
         "converged_fits": sum(found.converged for found in fits),
+        "tuned_for": score if tuning else None,
         "tuning": tuning,
         "before": {},
         "after": {},
@@ -198,13 +264,17 @@ def text(results: dict, group_names: list[str]) -> str:
     """A table for reading: every metric before and after, side by side."""
     names = {"avg_acc": "average accuracy", "adjusted_acc": "adjusted accuracy"}
     names |= {"worst_acc": "worst-group accuracy"}
-    names |= {f"group_{g}_acc": f"  {name}" for g, name in enumerate(group_names)}
+    if len(group_names) <= MOST_GROUPS:
+        names |= {f"group_{g}_acc": f"  {name}" for g, name in enumerate(group_names)}
+    names |= {"minority_acc": "minority accuracy", "majority_acc": "majority accuracy"}
     names |= {"avg_loss": "average loss", "worst_loss": "worst-group loss"}
     c = "no penalty" if results["c"] is None else f"{results['reg']} penalty, C = {results['c']:g}"
+    fits = f"one fit on {results['num_samples']} samples"
+    if results["balanced"]:
+        fits = f"{results['num_retrains']} fits on {results['samples_per_group']} of each group"
     lines = [
-        f"DFR on {results['target_layer']}: {c}, {results['num_retrains']} fits on "
-        f"{results['samples_per_group']} samples of each group, {results['nonzero_coefficients']} "
-        f"of {results['num_features']} coefficients in use"
+        f"DFR on {results['target_layer']}: {c}, {fits}, {results['nonzero_coefficients']} of "
+        f"{results['num_coefficients']} coefficients in use"
     ]
     for split in results["after"]:
         lines += ["", f"{split:<24}{'before':>10}{'after':>10}"]

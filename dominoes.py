@@ -46,6 +46,10 @@ def load(config: Config) -> Splits:
         members = _paired_by_class(*pools, digits[1].labels, config)
     else:
         members = _paired_by_moments(*pools, config)
+    if not sum(map(len, members["train"])):
+        raise DataError(
+            f"val_target_size: {config.val_target_size} pictures are all that there are; lower it"
+        )
     members["train"], held_out = hold_out(members["train"], config)
     if sum(map(len, held_out)):
         members["dfr"] = held_out

@@ -17,10 +17,13 @@ MAX_ITERATIONS = 1000
 
 
 class Fit(NamedTuple):
-    """coefficients (d,), intercept, and whether the solver converged."""
+    """coefficients (d,), intercept, and whether the solver converged.
+
+    Of several regressions, one against the rest for each class: (C, d), (C,), and whether all did.
+    """
 
     coefficients: np.ndarray
-    intercept: float
+    intercept: float | np.ndarray
     converged: bool
 
 
@@ -48,7 +51,25 @@ def fit(features, labels, rows, penalty: str, c: float, seed: int) -> Fit:
 
 
 def fit_all(features, labels, tasks, penalty: str, workers: int | None) -> list[Fit]:
-    """Fits for tasks (rows, c, seed), in their order; `workers` None = one a core."""
-    workers = min(workers or cpu_count(), len(tasks))
-    jobs = (delayed(fit)(features, labels, rows, penalty, c, seed) for rows, c, seed in tasks)
-    return Parallel(n_jobs=workers)(jobs)
+    """Fits for tasks (rows, c, seed), in their order; `workers` None = one a core.
+
+    labels (N,): float -1 and +1, or class indices, of which each is fitted against the rest.
+    """
+    several = np.issubdtype(labels.dtype, np.integer)
+    targets = [labels]
+    if several:
+        targets = [np.where(labels == k, 1.0, -1.0) for k in range(labels.max() + 1)]
+    workers = min(workers or cpu_count(), len(tasks) * len(targets))
+    fits = Parallel(n_jobs=workers)(
+        delayed(fit)(features, target, rows, penalty, c, seed)
+        for rows, c, seed in tasks
+        for target in targets
+    )
+    if not several:
+        return fits
+    return [_stacked(fits[i : i + len(targets)]) for i in range(0, len(fits), len(targets))]
+
+
+def _stacked(fits: list[Fit]) -> Fit:
+    coefficients, intercepts, converged = zip(*fits)
+    return Fit(np.stack(coefficients), np.array(intercepts), all(converged))

@@ -96,17 +96,18 @@ def _unavailable(data_dir: Path, original, error: Exception) -> DataError:
         for name, md5 in files.items()
         if (data_dir / name).is_file() and not check_integrity(data_dir / name, md5)
     ]
+    state, first = f"is not in {data_dir}", ""
     if damaged:
         state = f"is damaged in {data_dir} (wrong checksum: {', '.join(damaged)})"
     elif any((data_dir / name).exists() for name in files):
         state = f"is incomplete in {data_dir}"
-    else:
-        state = f"is not in {data_dir}"
+    if (data_dir / BATCHES).exists():
+        first = f"delete {data_dir / BATCHES}, and "  # torchvision does not always replace it
     return DataError(
-        f"dataset_name: CIFAR-10 {state} and cannot be downloaded ({reason}); put {PAGE} there, as "
-        f"{data_dir / ARCHIVE}, it need not be unpacked; or, without {BATCHES} and {ARCHIVE}, "
-        f"JPEG or PNG pictures of {SIDE}×{SIDE} pixels as {data_dir / FOLDER}/train/<class>/* and "
-        f"{data_dir / FOLDER}/test/<class>/*"
+        f"dataset_name: CIFAR-10 {state} and cannot be downloaded ({reason}); {first}put {PAGE} "
+        f"there, as {data_dir / ARCHIVE}, it need not be unpacked; or, without {BATCHES} and "
+        f"{ARCHIVE}, JPEG or PNG pictures of {SIDE}×{SIDE} pixels as "
+        f"{data_dir / FOLDER}/train/<class>/* and {data_dir / FOLDER}/test/<class>/*"
     )
 
 

@@ -60,6 +60,14 @@ def make_splits(train=(12, 5, 4, 9), test=(6, 5, 7, 3), **options):
     )
 
 
+def many_groups(counts, num_attributes, seed=0):
+    """A split with class indices as labels and attributes, group by group."""
+    cells = torch.tensor([divmod(g, num_attributes) for g in range(len(counts))])
+    y, a = cells.repeat_interleave(torch.tensor(counts), 0).T
+    inputs = torch.randn(sum(counts), 3, generator=torch.Generator().manual_seed(seed))
+    return Split(inputs, y.contiguous(), a.contiguous(), list(counts))
+
+
 class FakeRun:
     """Records what a run would write."""
 

@@ -5,14 +5,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import in_float64, make_split, make_splits
+from conftest import in_float64, make_split, make_splits, many_groups
 from sklearn.linear_model import LogisticRegression
+from sklearn.multiclass import OneVsRestClassifier
 from sklearn.preprocessing import StandardScaler
 
 import dfr
 import metrics
 import model
+from config import ANALYSES
 from errors import DataError
+from splits import Splits
 
 
 def problem(settings, dfr_counts=(20, 8, 9, 24), **keys):
@@ -174,3 +177,174 @@ def test_saved_files_read_back(settings, tmp_path):
     text = (tmp_path / "dfr_results.txt").read_text()
     assert "worst-group accuracy" in text
     assert max(map(len, text.splitlines()[2:])) <= 80
+
+
+class Net(torch.nn.Module):
+    """Outputs of several classes on the first features of random inputs."""
+
+    def hidden(self, x, layer=None):
+        return torch.tanh(2 * x.flatten(1)[:, :5])
+
+    def forward(self, x):
+        return self.hidden(x)[:, :3]
+
+
+def three_classes(counts, seed):
+    """Inputs with something to learn: the label in one coordinate, the attribute in another."""
+    split = many_groups(counts, num_attributes=3)
+    noise = torch.randn(len(split), 7, generator=torch.Generator().manual_seed(seed))
+    split.inputs = 0.7 * noise
+    for k in range(3):
+        split.inputs[:, k] += (split.y == k).float()
+    split.inputs[:, 3] += split.a - 1
+    return split
+
+
+def target_problem(settings, **keys):
+    none = {f"analyze_{name}": False for name in ANALYSES}
+    config = settings(
+        dataset_name="Dominoes", dominoes_classes="ten", loss_function="cross_entropy",
+        dfr_val_split_strategy="target", eval_batch_size=11, **none | keys,
+    )  # fmt: skip
+    target = three_classes((5, 6, 4, 7, 5, 6, 8, 4, 5), 2)
+    splits = Splits(
+        train=three_classes((20, 2, 3, 1, 20, 2, 2, 1, 20), 0),
+        test=three_classes((6,) * 9, 1),
+        group_names=[f"{y}, {a}" for y in range(3) for a in range(3)],
+        val=three_classes((5, 7, 6, 6, 5, 5, 4, 8, 5), 3),
+        target=target,
+        dfr=target,
+        num_classes=3,
+    )
+    return Net(), splits, config
+
+
+def solver(penalty, c, seed):
+    ratio = 1 if penalty == "l1" else 0
+    return LogisticRegression(
+        solver="liblinear", l1_ratio=ratio, C=c, max_iter=1000, random_state=seed
+    )
+
+
+@pytest.mark.parametrize("penalty", ["l1", "l2"])
+def test_the_target_set_against_a_direct_run(settings, monkeypatch, penalty):
+    options = [0.3, 1.0, 30.0]  # with smaller ones all outputs of l1 are tied, which is wrong here
+    net, splits, config = target_problem(settings, dfr_reg=penalty, dfr_c_options=options)
+    tasks = spy_on_fits(monkeypatch)
+    head, results = dfr.retrain(net, splits, config)
+    assert all(list(rows) == list(range(50)) for rows, _, _ in tasks)  # all of it, as it is
+
+    def features(split):
+        return net.hidden(split.inputs).numpy()
+
+    X, y = features(splits.target), splits.target.y.numpy()
+    wrong_digit = (splits.val.y != splits.val.a).numpy()
+    scores = []
+    for (_, c, seed), row in zip(tasks, results["tuning"]):
+        twin = OneVsRestClassifier(solver(penalty, c, seed)).fit(X, y)
+        guess = twin.predict(features(splits.val)[wrong_digit])
+        scores.append((guess == splits.val.y.numpy()[wrong_digit]).mean())
+        assert row == {"c": c, "minority_acc": pytest.approx(scores[-1])}
+    assert len(set(scores)) > 1
+    assert results["c"] == options[int(np.argmax(scores))]
+    assert results["tuned_for"] == "minority_acc"
+
+    seed = tasks[-1][2]
+    twin = OneVsRestClassifier(solver(penalty, results["c"], seed)).fit(X, y)
+    expected = np.stack([one.coef_[0] for one in twin.estimators_])
+    assert head.coefficients.shape == (3, 5)
+    np.testing.assert_allclose(head.coefficients, expected, rtol=1e-6, atol=1e-9)
+    intercepts = [one.intercept_[0] for one in twin.estimators_]
+    np.testing.assert_allclose(head.intercept, intercepts, rtol=1e-6, atol=1e-9)
+    assert (head.mean == 0).all() and (head.scale == 1).all()
+    guess = twin.predict(features(splits.test))
+    accuracy = (guess == splits.test.y.numpy()).mean()
+    assert results["after"]["test"]["avg_acc"] == pytest.approx(accuracy)
+    assert results["num_retrains"] == 1 and results["num_samples"] == 50
+    assert set(results["after"]) == {"train", "test", "val", "target"}
+
+
+def test_the_target_set_balanced_and_standardised(settings, monkeypatch):
+    keys = {"dfr_balance": True, "dfr_standardize": True, "dfr_num_retrains": 3}
+    net, splits, config = target_problem(settings, dfr_c_options=[0.7], **keys)
+    tasks = spy_on_fits(monkeypatch)
+    head, results = dfr.retrain(net, splits, config)
+    X = [net.hidden(split.inputs).numpy() for split in (splits.train, splits.target)]
+    scaler = StandardScaler().fit(X[0])
+    np.testing.assert_allclose(head.mean, scaler.mean_, rtol=1e-5, atol=1e-7)
+    coefficients = []
+    for rows, c, seed in tasks[-3:]:
+        assert np.bincount(splits.target.group[torch.from_numpy(rows)]).tolist() == [4] * 9
+        twin = OneVsRestClassifier(solver("l1", c, seed))
+        twin.fit(scaler.transform(X[1])[rows], splits.target.y.numpy()[rows])
+        coefficients.append(np.stack([one.coef_[0] for one in twin.estimators_]))
+    np.testing.assert_allclose(head.coefficients, np.mean(coefficients, 0), rtol=1e-4, atol=1e-6)
+    assert results["num_retrains"] == 3 and results["samples_per_group"] == 4
+
+
+@pytest.mark.parametrize("loss", ["logistic", "cross_entropy"])
+def test_two_classes_on_the_target_set(settings, loss):
+    none = {f"analyze_{name}": False for name in ANALYSES}
+    config = settings(
+        dataset_name="Dominoes", loss_function=loss, dfr_val_split_strategy="target",
+        dfr_c_options=[1.0], **none,
+    )  # fmt: skip
+    splits = make_splits(dtype=torch.float32)
+    splits.val, splits.target = make_split((5, 5, 5, 5), seed=8), make_split((9, 9, 9, 9), seed=9)
+    splits.dfr = splits.target
+
+    class Two(Net):
+        def forward(self, x):
+            f = self.hidden(x)[:, 0]
+            return torch.stack([-f, f], 1) if loss == "cross_entropy" else f
+
+    head, results = dfr.retrain(Two(), splits, config)
+    X = Net().hidden(splits.target.inputs).numpy()
+    seed = dfr.derive_seed(config.seed, "dfr", "solver", 0) % 2**31
+    twin = solver("l1", 1.0, seed).fit(X, splits.target.y.numpy())
+    if loss == "cross_entropy":
+        assert head.coefficients.shape == (2, 5)
+        difference = head.coefficients[1] - head.coefficients[0]
+        bias = head.intercept[1] - head.intercept[0]
+    else:
+        difference, bias = head.coefficients, head.intercept
+    np.testing.assert_allclose(difference, twin.coef_[0], rtol=1e-6, atol=1e-9)
+    assert bias == pytest.approx(twin.intercept_[0], rel=1e-6, abs=1e-9)
+    # Whichever way the outputs are written, they mean the same.
+    f = torch.from_numpy(twin.decision_function(Net().hidden(splits.test.inputs).numpy()))
+    logistic_loss = metrics.LOSSES["logistic"]
+    expected = metrics.summary(f, splits.test, logistic_loss, splits.train.shares)
+    assert results["after"]["test"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_all_of_the_hold_out_without_balancing(settings, monkeypatch):
+    net, splits, config = problem(settings, dfr_balance=False, dfr_standardize=False)
+    tasks = spy_on_fits(monkeypatch)
+    head, results = dfr.retrain(net, splits, config)
+    assert [len(rows) for rows, _, _ in tasks] == [31, 31, 31, 61]
+    assert results["num_retrains"] == 1 and results["samples_per_group"] is None
+    h = np.concatenate(list(dfr.feature_batches(net, splits.dfr, config)))
+    twin = solver("l1", results["c"], tasks[-1][2]).fit(h, splits.dfr.y.numpy())
+    np.testing.assert_allclose(head.coefficients, twin.coef_[0], rtol=1e-6, atol=1e-9)
+
+
+def test_saved_files_of_several_classes(settings, tmp_path):
+    net, splits, config = target_problem(settings)
+    head, results = dfr.retrain(net, splits, config)
+    dfr.save(tmp_path, head, results, splits.group_names)
+    with np.load(tmp_path / "dfr_model.npz", allow_pickle=False) as saved:
+        again = dfr.Head(*(saved[k] for k in ("mean", "scale", "coefficients", "intercept")))
+    h = np.concatenate(list(dfr.feature_batches(net, splits.test, config)))
+    right = metrics.correct(again.outputs(h), splits.test.y).double().mean().item()
+    assert right == pytest.approx(results["after"]["test"]["avg_acc"])
+    assert json.loads((tmp_path / "dfr_results.json").read_text())["tuned_for"] == "minority_acc"
+    text = (tmp_path / "dfr_results.txt").read_text()
+    assert "one fit on 50 samples" in text and "minority accuracy" in text
+    assert "group" not in text.replace("worst-group", "")  # nine would be too many
+
+
+def test_labels_that_are_missing_are_told(settings):
+    _, splits, _ = target_problem(settings)
+    splits.dfr = three_classes((5, 6, 4, 7, 5, 6, 0, 0, 0), 2)
+    with pytest.raises(DataError, match="hold 2 of 3 labels only"):
+        dfr.check(splits)
