@@ -164,7 +164,14 @@ class Run:
         writer.writerows(count_rows)
         files.write_text(self.folder / "group_counts.csv", text.getvalue())
         for row in count_rows:
-            log.info("%(split)-5s %(count)6d × %(name)s", row)
+            # A hundred groups would fill pages; their table has them all.
+            level = logging.INFO if len(count_rows) <= 40 else logging.DEBUG
+            log.log(level, "%(split)-6s %(count)6d × %(name)s", row)
+        if len(count_rows) > 40:
+            for split in dict.fromkeys(row["split"] for row in count_rows):
+                counts = [row["count"] for row in count_rows if row["split"] == split]
+                there = sum(count > 0 for count in counts)
+                log.info("%-6s %6d in %d of %d groups", split, sum(counts), there, len(counts))
         if self.config.show_and_save_samples:
             files.save(self.folder / "samples.npz", lambda file: np.savez(file, **samples))
 

@@ -96,3 +96,88 @@ def test_minibatches_see_every_sample_once_in_an_order_of_seed_and_epoch():
     assert sorted(map(tuple, first.tolist())) == sorted(map(tuple, splits.train.inputs.tolist()))
     assert torch.equal(first, epoch(1))
     assert not torch.equal(first, epoch(2))
+
+
+LOSSES_OF_A_BATCH = torch.tensor([0.2, 1.5, 0.7, 0.1, 2.0], dtype=torch.float64)
+GROUPS_OF_A_BATCH = torch.tensor([0, 3, 0, 1, 3])  # none of group 2
+
+
+def test_importance_weighting_of_a_batch():
+    """Its expectation over random batches is the mean of the group losses."""
+    counts = (10, 5, 0, 25)
+    loss = method("IW_uniform", counts).batch_loss(LOSSES_OF_A_BATCH, torch.tensor([0, 3, 0, 1, 3]))
+    expected = (
+        sum(
+            value * (1 / 3) / (counts[g] / 40)
+            for value, g in zip(LOSSES_OF_A_BATCH.tolist(), GROUPS_OF_A_BATCH.tolist())
+        )
+        / 5
+    )
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+    splits = make_splits(train=(10, 5, 3, 12))
+    net = model.build(validate({"hidden_dim": 5}), (7,)).double()
+    losses = metrics.LOSSES["logistic"].value(net(splits.train.inputs), splits.train.y)
+    whole = method("IW_uniform").batch_loss(losses, splits.train.group)
+    means = [losses[part].mean() for part in splits.train.slices]
+    assert whole.item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-12)
+
+
+def test_online_group_dro_by_hand():
+    dro = method("GroupDRO", dro_eta_q=0.5)
+    losses = LOSSES_OF_A_BATCH.clone().requires_grad_()
+    value = dro.batch_loss(losses, GROUPS_OF_A_BATCH)
+    raised = [math.exp(0.5 * 0.45), math.exp(0.5 * 0.1), 1.0, math.exp(0.5 * 1.75)]
+    q = [x / sum(raised) for x in raised]
+    assert [math.exp(x) for x in dro.log_q] == pytest.approx(q, rel=1e-12)
+    assert value.item() == pytest.approx(q[0] * 0.45 + q[1] * 0.1 + q[3] * 1.75, rel=1e-12)
+    value.backward()
+    expected = [q[0] / 2, q[3] / 2, q[0] / 2, q[1], q[3] / 2]  # q is a constant of the step
+    assert losses.grad.tolist() == pytest.approx(expected, rel=1e-12)
+    # The absent group keeps its ratio to where exp(0) stood.
+    dro.batch_loss(LOSSES_OF_A_BATCH, GROUPS_OF_A_BATCH)
+    again = [x * y for x, y in zip(q, raised)]
+    assert [math.exp(x) for x in dro.log_q] == pytest.approx([x / sum(again) for x in again])
+
+
+@pytest.mark.parametrize("name", ["IW_uniform", "GroupDRO"])
+def test_mini_batches_of_everything_are_the_full_batch(fake_run, settings, name):
+    """One batch with all samples does the step of the full batch."""
+    results = []
+    for batches in ("full", "mini"):
+        config = settings(
+            debias_method=name, group_batches=batches, train_batch_size=30, epochs=1,
+            learning_rate=0.3, dro_eta_q=0.5,
+        )  # fmt: skip
+        splits = make_splits()
+        net = model.build(config, (7,)).double()
+        optimizer = trainer.build_optimizer(net, config)
+        loss, made = metrics.LOSSES["logistic"], methods.build(config, splits)
+        if batches == "full":
+            f = metrics.outputs(net, splits.train, 100)
+            losses = metrics.group_means(loss.value(f, splits.train.y), splits.train.slices)
+            weights = made.step_weights(losses)
+            trainer.full_batch_step(net, optimizer, splits.train, loss, weights, 100)
+        else:
+            trainer.minibatch_epoch(net, optimizer, splits.train, loss, 30, 0, made)
+        results.append([p.detach().clone() for p in net.parameters()])
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_schedule(fake_run, settings, monkeypatch):
+    config = settings(scheduler="cosine", epochs=4, learning_rate=0.2, train_batch_size=10)
+    rates = []
+    step = torch.optim.SGD.step
+
+    def spy(self, *args):
+        rates.append({group["lr"] for group in self.param_groups})
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", spy)
+    net = model.build(config, (7,)).double()
+    trainer.train(net, make_splits(), config, fake_run)
+    expected = [0.2 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
+    assert [rate for (rate,) in rates[::3]] == pytest.approx(expected)
+    assert rates[0] == {0.2}
+    assert trainer.learning_rate_factor(settings(), 7) == 1

@@ -1,0 +1,67 @@
+"""Several processes do the steps of one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import make_splits
+
+import distributed
+import model
+from config import validate
+from errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+ARGUMENTS = [
+    "model_name=ConvNet", "latent_size=8", "num_train_samples=120", "num_test_samples=40",
+    "num_val_samples=20", "epochs=4", "train_batch_size=25", "learning_rate=0.1", "normalize_inputs=false",
+    "dfr_num_workers=1", "dfr_num_retrains=2", "wandb.enable=false", "checkpoint_every=1",
+    "analyze_jacobian_norm=false",
+]  # fmt: skip
+
+
+def launch(results, data_dir, *arguments, processes):
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+        start += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    where = [f"results_dir={results}", f"data_dir={data_dir}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*start, "main.py", *ARGUMENTS, *where, *arguments],
+        cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (folder,) = Path(results).iterdir()
+    return folder, done
+
+
+def test_two_processes_learn_what_one_learns(tmp_path, data_dir):
+    """The same curves with the same global batch; one folder, written by the first rank."""
+    method = ["debias_method=GroupDRO", "dro_eta_q=0.5"]
+    one, _ = launch(tmp_path / "one", data_dir, *method, processes=1)
+    two, done = launch(tmp_path / "two", data_dir, *method, processes=2)
+    expected, found = (pd.read_csv(f / "training_history.csv") for f in (one, two))
+    numbers = [name for name in expected if "loss" in name or "weight" in name]
+    assert np.allclose(found[numbers], expected[numbers], rtol=1e-3, atol=1e-5, equal_nan=True)
+    assert expected["train_avg_loss"].iloc[-1] < 0.9 * expected["train_avg_loss"].iloc[0]
+    assert done.stdout.count("Results: ") == 1
+    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
+
+
+def test_batch_norm_needs_gpus(monkeypatch):
+    monkeypatch.setattr(distributed, "grouped", lambda: True)
+    monkeypatch.setattr(model.dist, "get_backend", lambda: "gloo")
+    config = validate({"model_name": "ResNet18"})
+    splits = make_splits(shape=(3, 32, 32))
+    with pytest.raises(ConfigError, match="works over several processes on GPUs only"):
+        model.build_for(config, splits)
+    assert model.build_for(validate({"model_name": "ConvNet"}), splits)
+    monkeypatch.setattr(model.dist, "get_backend", lambda: "nccl")
+    kinds = {type(module).__name__ for module in model.build_for(config, splits).modules()}
+    assert "SyncBatchNorm" in kinds
+    assert "BatchNorm2d" not in kinds
