@@ -18,7 +18,8 @@ from errors import ConfigError
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = [
     "model_name=ConvNet", "latent_size=8", "num_train_samples=120", "num_test_samples=40",
-    "num_val_samples=20", "epochs=4", "train_batch_size=25", "learning_rate=0.1", "normalize_inputs=false",
+    "num_val_samples=20", "epochs=4", "train_batch_size=25", "learning_rate=0.3",
+    "normalize_inputs=false",
     "dfr_num_workers=1", "dfr_num_retrains=2", "wandb.enable=false", "checkpoint_every=1",
     "analyze_jacobian_norm=false",
 ]  # fmt: skip
