@@ -66,8 +66,8 @@ def gram_matrix(model, splits, loss: Loss, kinds, batch_size: int, memory_bytes:
             outputs[side] = _accumulate(
                 model, splits[side], parts, loss, kinds, batch_size, side_index=i
             )
-        for part in parts:
-            sums += part.gram()
+        sums += sum(part.gram() for part in parts)
+        del parts  # or two slices would stand side by side
 
     # From (side, group, kind) to the order of the labels, divided by the group sizes.
     rows, sizes = [], []
