@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
 
 import groups
+import memory
 import strict_yaml
 from errors import ConfigError
 from strict_yaml import shorten, show
@@ -358,6 +359,26 @@ def _check_pairs(c, section):
             yield f"{section}.group_pairs: given {show(pair)}; allowed: {ALLOWED['GroupPairs']}"
 
 
+def _check_memory(c):
+    there, demands = memory.available(), memory.demands(c)
+    total = sum(demand.bytes for demand in demands)
+    if there is None or total <= there:
+        return
+    most = max(demands, key=lambda demand: (bool(demand.keys), demand.bytes))
+    given = ", ".join(_default(c[name]) for name in most.keys)
+    on_gpu = sum(demand.bytes for demand in memory.demands(c | {"device": "cuda"}))
+    fits = c["device"] == "auto" and on_gpu <= there
+    hint = f" ({_size(on_gpu)} with device: cuda)" if fits else ""
+    yield (
+        f"{', '.join(most.keys)}: given {given}, which is {_size(most.bytes)} of memory for "
+        f"{most.purpose}; the run would take {_size(total)}{hint}, and {_size(there)} are there"
+    )
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:,.1f} GB"
+
+
 # Each check with the keys that must be valid on their own before it can be made.
 CHECKS = [
     (_moments_keys("train"), lambda c: _check_moments(c, "train")),
@@ -384,6 +405,7 @@ CHECKS = [
     ),
     (("gap_dynamics_factors",), lambda c: _check_pairs(c, "gap_dynamics_factors")),
     (("static_dynamic_decomposition",), lambda c: _check_pairs(c, "static_dynamic_decomposition")),
+    (memory.KEYS, _check_memory),
 ]
 
 # Keys that only some settings use: (condition under which they count, why they do not, keys).
