@@ -6,14 +6,16 @@ problem at once. `python config.py` prints the table of keys for the README.
 
 import difflib
 import hashlib
+from itertools import islice
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
 
 import groups
+import memory
 import strict_yaml
 from errors import ConfigError
-from strict_yaml import show
+from strict_yaml import shorten, show
 
 # Facts about other rooms that validation needs; tests hold them against the registries.
 HAS_OFFICIAL_VALIDATION = {"ColoredMNIST": False, "WaterBirds": True, "Dominoes": False}
@@ -48,25 +50,31 @@ Sign = Annotated[int, Field(ge=-1, le=1)]  # 0 is refused with the combinations
 Cell = Annotated[list[Sign], Field(min_length=2, max_length=2)]
 GroupPair = Annotated[list[Cell], Field(min_length=2, max_length=2)]
 GroupPairs = Annotated[list[GroupPair], Field(max_length=12)]
-Epochs = Annotated[list[Epoch], Field(max_length=100_000)] | None
+Epochs = Annotated[list[Epoch], Field(max_length=1000)] | None
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,99}$")]
-LayerName = Annotated[str, StringConstraints(pattern=r"^(last_hidden|layer_\d{1,3})$")]
+LayerName = Annotated[str, StringConstraints(pattern=r"^(last_hidden|layer_[0-9]{1,3})$")]
 BackboneName = Annotated[
     str,
     StringConstraints(
         pattern=rf"^({'|'.join([*RESNETS, *VIT_BLOCKS])}|timm:[A-Za-z0-9_][A-Za-z0-9_.-]{{0,99}})$"
     ),
 ]
-Text = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+# No control characters and line ends: no path can hold them, and terminals obey them.
+Text = Annotated[
+    str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\p{Cc}\p{Zl}\p{Zp}]*$")
+]
+PROBLEMS = 50  # in one error
+OVERRIDES = 32_000  # characters in all
 
 # What an error or the table of keys says where the type alone does not say it well.
 ALLOWED = {
     "Name": "up to 100 letters, digits and _ . + = -, the first no . + = -",
-    "Text": "text",
+    "Text": "text, up to 1000 characters, no control characters",
+    "Text or null": "text, up to 1000 characters, no control characters, or null",
     "BackboneName": ", ".join([*RESNETS, *VIT_BLOCKS, "timm:<model name>"]),
     "Weights": "null (the libraries' own pretrained weights), a file (.safetensors, .pth), random",
     "PretrainedWeights": "null (the libraries' own), a file (.safetensors, .pth)",
-    "Epochs": "null (every epoch) or a list of epochs, such as [0, 1, 5]; [] = never",
+    "Epochs": "null (every epoch) or a list of up to 1000 epochs, such as [0, 1, 5]; [] = never",
     "GroupPairs": "a list of pairs of different groups, each [[y, a], [y, a]] with -1 or 1",
 }
 MINORITY_MAJORITY = [[[-1, 1], [-1, -1]], [[1, -1], [1, 1]]]
@@ -99,8 +107,8 @@ class PairsConfig(Section):
 
 class WandbConfig(Section):
     enable: bool = key(True, "log to Weights & Biases as well as to the CSV files")
-    project: Text = key("spurious-correlations", "project on wandb")
-    entity: Text | None = key(None, "user or team on wandb; null = your default")
+    project: Text = key("spurious-correlations", "project on wandb", "Text")
+    entity: Text | None = key(None, "user or team on wandb; null = your default", "Text or null")
     mode: Literal["auto", "online", "offline"] = key(
         "auto", "auto = online when logged in, else offline"
     )
@@ -535,6 +543,18 @@ def _analyze_keys() -> list[str]:
     return [f"analyze_{name}" for name in ANALYSES]
 
 
+def _check_memory(c):
+    there = memory.available()
+    width, depth = c["hidden_dim"], c["num_hidden_layers"]
+    needed = memory.training_bytes((depth - 1) * width**2, c["optimizer"], c["momentum"])
+    if c["model_name"] == "MLP" and c["device"] != "cuda" and there and needed > there:
+        yield (
+            f"hidden_dim, num_hidden_layers: given {width}, {depth}, which is at least "
+            f"{memory.shown(needed)} for parameters, gradients and optimizer, but "
+            f"{memory.shown(there)} are there; allowed: less"
+        )
+
+
 # Each check with the keys that must be valid on their own before it can be made.
 CHECKS = [
     (_moments_keys("train"), lambda c: _check_moments(c, "train")),
@@ -584,6 +604,10 @@ CHECKS = [
     ),
     (("gap_dynamics_factors",), lambda c: _check_pairs(c, "gap_dynamics_factors")),
     (("static_dynamic_decomposition",), lambda c: _check_pairs(c, "static_dynamic_decomposition")),
+    (
+        ("model_name", "hidden_dim", "num_hidden_layers", "optimizer", "momentum", "device"),
+        _check_memory,
+    ),
 ]
 
 # Keys that only some settings use: (condition under which they count, why they do not, keys).
@@ -788,19 +812,24 @@ def changes_results(old: Config, new: Config) -> list[str]:
 
 def _apply_overrides(document: dict, overrides) -> list[str]:
     """Write `key=value` overrides into the document; returns the problems."""
+    size = sum(map(len, overrides))
+    if size > OVERRIDES:
+        return [f"command line: overrides of {size} characters; allowed: up to {OVERRIDES} in all"]
     problems, seen = [], set()
     for override in overrides:
         name, equals, text = override.partition("=")
         name = name.strip()
-        if not equals or not name:
-            problems.append(f"{override}: not an override; allowed: key=value, such as epochs=5")
+        if not equals or not name or not name.isprintable():
+            problems.append(
+                f"{shorten(override)}: not an override; allowed: key=value, such as epochs=5"
+            )
             continue
         if name in seen:
-            problems.append(f"{name}: given twice on the command line")
+            problems.append(f"{shorten(name)}: given twice on the command line")
             continue
         seen.add(name)
         try:
-            value = strict_yaml.parse(text, name)
+            value = strict_yaml.parse(text, shorten(name))
         except ConfigError as error:
             problems += error.problems
             continue
@@ -809,7 +838,7 @@ def _apply_overrides(document: dict, overrides) -> list[str]:
         for parent in parents:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
-                problems.append(f"{name}: {parent} has no keys of its own")
+                problems.append(f"{shorten(name)}: {shorten(parent)} has no keys of its own")
                 break
         else:
             place[last] = value
@@ -867,25 +896,34 @@ def _near(name: str, known) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _problem(error, document) -> tuple[str, str]:
-    """(dotted key, line) of one pydantic error."""
-    names = [str(part) for part in error["loc"]]
-    model, field, dotted, given = Config, None, [], document
-    for name in names:
-        if model is None or name not in model.model_fields:
+def _place(location) -> tuple[list[str], Any]:
+    """(names of the setting, its field) of an error's location; the field of no setting is None."""
+    names, field, section = [], None, Config
+    for part in map(str, location):
+        if section is None:  # within a value
             break
-        field = model.model_fields[name]
-        given = given.get(name) if isinstance(given, dict) else given
-        dotted.append(name)
-        nested = isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        model = field.annotation if nested else None
-    if error["type"] == "extra_forbidden":
-        known = [f"{'.'.join(dotted)}.{n}" if dotted else n for n in model.model_fields]
-        known += [name for name, _, _ in fields()]
-        full = ".".join([*dotted, names[len(dotted)]])
-        value = show(error["input"])
-        return full, f"{full}: given {value}, but there is no such key{_near(full, known)}"
-    full = ".".join(dotted)
+        names.append(part)
+        field, section = section.model_fields.get(part), None
+        if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            section = field.annotation
+    return names, field
+
+
+def _problem(names, field, kind: str, document: dict) -> str:
+    """What is wrong with one setting of the document; kind: pydantic's name of the error."""
+    full, given = ".".join(names), document
+    for name in names:
+        given = given[name]
+    if field is None:
+        known, sections = [name for name, _, _ in fields()], []
+        if len(names) == 1:
+            sections = [name for name in Config.model_fields if name not in known]
+        hint = _near(full, known + sections)
+        if len(names) == 1 and full in known:
+            section, _, name = full.partition(".")
+            hint = f"; in a file it is written {section}: {{{name}: …}}"
+        told = shorten(full) or "''"
+        return f"{told}: given {show(given)}, but there is no such key{hint}"
     choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     hint = ""
     if isinstance(given, str):
@@ -893,32 +931,38 @@ def _problem(error, document) -> tuple[str, str]:
         hint = _near(given.lower(), lower)
         for small, choice in lower.items():
             hint = hint.replace(f"mean {small}?", f"mean {choice}?")
-    if error["type"] == "string_type" and given is not None:
+    elif kind == "string_type" and given is not None:
         hint = f" (this is no text for YAML: put it in quotes, '{show(given)}')"
-    return full, f"{full}: given {show(given)}; allowed: {_field_allowed(field)}{hint}"
+    return f"{full}: given {show(given)}; allowed: {_field_allowed(field)}{hint}"
 
 
 def validate(document: dict, problems=()) -> Config:
-    """A `Config` from plain data, or a `ConfigError` with every problem."""
+    """A `Config` from plain data, or a `ConfigError` with every problem (the first 50 of many)."""
     problems, document = list(problems), dict(document)
     if "debias_method" in document and document["debias_method"] is None:
         document["debias_method"] = "None"
-    bad = set()
+    bad, wrong = {}, set()
     try:
         config = Config.model_validate(document)
         values = {name: getattr(config, name) for name in Config.model_fields}
     except ValidationError as error:
-        lines = dict(_problem(item, document) for item in error.errors(include_url=False))
-        problems += lines.values()
-        bad = {name.partition(".")[0] for name in lines}
-        good = {k: v for k, v in document.items() if k in Config.model_fields and k not in bad}
+        # One problem a setting, however many entries of its list are wrong.
+        for item in error.errors(include_url=False):
+            names, field = _place(item["loc"])
+            bad.setdefault(tuple(names), (field, item["type"]))
+        wrong = {names[0] for names in bad}
+        good = {k: v for k, v in document.items() if k in Config.model_fields and k not in wrong}
         # Each field stands alone, so what is left is valid and the combinations can be checked.
         values = dict(Config.model_validate(good))
+    untold = max(0, len(bad) - PROBLEMS)
+    problems += [_problem(names, *what, document) for names, what in islice(bad.items(), PROBLEMS)]
     for needed, check in CHECKS:
-        if not bad.intersection(needed):
+        if wrong.isdisjoint(needed):
             problems += check(values)
     if problems:
-        raise ConfigError(*problems)
+        untold += max(0, len(problems) - PROBLEMS)
+        rest = [f"… and {untold} more"] if untold else []
+        raise ConfigError(*problems[:PROBLEMS], *rest)
     derived = _derived(config)
     unset = {name: value for name, value in derived.items() if getattr(config, name) is None}
     config = config.model_copy(update=unset)

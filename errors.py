@@ -1,12 +1,27 @@
 """The errors that are for people: told in one line a problem, without a traceback."""
 
 
+def printable(text: str) -> str:
+    """The text with escapes for what a terminal would not show, or would obey.
+
+    What is told often comes from files and names that others made.
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 class UserError(Exception):
     """What the user can fix: one line a problem, no traceback, exit code 2."""
 
     def __init__(self, *problems: str):
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        super().__init__(*map(printable, problems))
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """One line each."""
+        return self.args
+
+    def __str__(self) -> str:
+        return "\n".join(self.args)
 
 
 class ConfigError(UserError):

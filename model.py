@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import distributed
+import memory
 from config import BATCH_NORM, Config, derive_seed
 from errors import ConfigError
 
@@ -250,12 +251,27 @@ def build(config: Config, input_shape, num_outputs: int = 1) -> nn.Module:
     used nor changed. Raises `DataError` when pretrained weights are missing or of another model.
     """
     if config.model_name == "MLP":
+        _check_memory(config, math.prod(input_shape), num_outputs)
         network = MLP(math.prod(input_shape), config, num_outputs)
     else:
         network = _picture_net(config, tuple(input_shape), num_outputs)
     if config.fix_final_layer:
         network.classifier.requires_grad_(False)
     return network
+
+
+def _check_memory(config: Config, inputs: int, num_outputs: int) -> None:
+    """Raises `ConfigError` if an MLP does not fit into the memory, before it takes it."""
+    width, depth = config.hidden_dim, config.num_hidden_layers
+    weights = width * (inputs + (depth - 1) * width + num_outputs)
+    needed = memory.training_bytes(weights, config.optimizer, config.momentum)
+    there = memory.available()
+    if config.device != "cuda" and there and needed > there:
+        raise ConfigError(
+            f"hidden_dim, num_hidden_layers: given {width}, {depth}, which with {inputs} inputs is "
+            f"{memory.shown(needed)} for parameters, gradients and optimizer, but "
+            f"{memory.shown(there)} are there; allowed: less"
+        )
 
 
 def build_for(config: Config, splits) -> nn.Module:

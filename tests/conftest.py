@@ -1,12 +1,22 @@
 """Helpers that several test files share."""
 
 import dataclasses
+import tempfile
 
+import hypothesis
 import pytest
 import torch
+from hypothesis.configuration import set_hypothesis_home_dir
 
 import config as configuration
 from splits import Split, Splits
+
+# The same examples every time, and nothing written into the tree: even without a database
+# hypothesis keeps tables of characters and constants, from the collection of tests on.
+hypothesis.settings.register_profile("same", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("same")
+hypothesis_home = tempfile.TemporaryDirectory()
+set_hypothesis_home_dir(hypothesis_home.name)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -122,6 +123,23 @@ def test_slices_of_output_units_change_nothing(memory):
     assert len(units) == len(set(units)) == sum(len(layer.weight) for layer in net.layers)
     whole = gram(net, config, splits)
     assert_close(gram(net, config, splits, memory_bytes=memory), whole)
+
+
+def test_one_slice_at_a_time_is_in_memory(monkeypatch):
+    net, config = network()
+    alive, most = weakref.WeakSet(), []
+
+    class Counted(analysis._SliceSums):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr(analysis, "_SliceSums", Counted)
+    passes = list(analysis._passes(list(net.layers), 16, 1))
+    assert len(passes) == 23 and all(len(passage) == 1 for passage in passes)
+    gram(net, config, vars(make_splits()), memory_bytes=1)
+    assert len(most) == 23 and max(most) == 1
 
 
 def test_missing_sides_and_kinds_are_nan():

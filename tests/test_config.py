@@ -72,7 +72,7 @@ def test_numbers(tmp_path, text, value):
 
 NUMBER = "allowed: a number above 0 to 1000000"
 WHOLE = "allowed: a whole number from 0 to 1000000"
-EPOCHS = "allowed: null (every epoch) or a list of epochs, such as [0, 1, 5]; [] = never"
+EPOCHS = "allowed: null (every epoch) or a list of up to 1000 epochs, such as [0, 1, 5]; [] = never"
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,18 @@ EPOCHS = "allowed: null (every epoch) or a list of epochs, such as [0, 1, 5]; []
         ("gap_dynamics_factors: {group_pairs: [[[1, 1], [1, 1]]]}", "gap_dynamics_factors.group_pairs: given [[1, 1], [1, 1]]; allowed: a list of pairs of different groups, each [[y, a], [y, a]] with -1 or 1"),
         ("static_dynamic_decomposition: {group_pairs: [[[1, true], [1, -1]]]}", "static_dynamic_decomposition.group_pairs: given [[[1, True], [1, -1]]]; allowed: a list of pairs of different groups, each [[y, a], [y, a]] with -1 or 1"),
         ("gap_dynamics_factors: {group_pairs: [[[1, 0], [1, -1]]]}", "gap_dynamics_factors.group_pairs: given [[1, 0], [1, -1]]; allowed: a list of pairs of different groups, each [[y, a], [y, a]] with -1 or 1"),
+        ("wandb.mode: online", "wandb.mode: given 'online' (text), but there is no such key; in a file it is written wandb: {mode: …}"),
+        ("wandbb: 1", "wandbb: given 1, but there is no such key; did you mean wandb?"),
+        ("'': 1", "'': given 1, but there is no such key"),
+        ("k" * 1000 + ": 1", "k" * 57 + "...: given 1, but there is no such key"),
+        (r'data_dir: "a\0b"', r"data_dir: given 'a\x00b' (text); allowed: text, up to 1000 characters, no control characters"),
+        (r'wandb: {project: "\x1b[2J"}', r"wandb.project: given '\x1b[2J' (text); allowed: text, up to 1000 characters, no control characters"),
+        (r'results_dir: "\ud800"', r"results_dir: given '\ud800' (text); allowed: text, up to 1000 characters, no control characters"),
+        ("dfr_target_layer: layer_١", "dfr_target_layer: given 'layer_١' (text); allowed: last_hidden, layer_0, layer_1, …"),
+        (f"seed: {'9' * 5000}", f"seed: given '{'9' * 57}...' (text); allowed: a whole number from 0 to 4294967295"),
+        (f"seed: {'9' * 100}", f"seed: given {'9' * 57}...; allowed: a whole number from 0 to 4294967295"),
+        (f"gradient_basis_analysis_epochs: [{'a,' * 5000}]", f"gradient_basis_analysis_epochs: given ['a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', 'a', '...; {EPOCHS}"),
+        (f"gradient_basis_analysis_epochs: [{'1,' * 1001}]", f"gradient_basis_analysis_epochs: given [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,...; {EPOCHS}"),
         ("wandb: {3: 4}", "wandb.3: given 4, but there is no such key"),
         ("3: 4", "3: given 4, but there is no such key"),
     ],
@@ -138,10 +150,17 @@ def test_messages(tmp_path, text, expected):
         ("- 1\n- 2", "given [1, 2]; allowed: lines of `key: value`"),
         ("just text", "allowed: lines of `key: value`"),
         ("\tepochs: 1", "line 1:"),
-        ("epochs: !!python/object:os.system x", "could not determine a constructor"),
-        ("epochs: !!int x", "not readable as YAML"),
+        ("epochs: !!python/object:os.system x", "line 1: tags (!name) are not read"),
+        ("epochs: 1\nseed: !!int 0x" + "f" * 5000, "line 2: tags (!name) are not read"),
+        ("epochs: ! 5", "line 1: tags (!name) are not read"),
         ("[" * 5000, "nested too deeply"),
-        ("epochs: 1 # " + "x" * 300_000, "allowed: up to 256000"),
+        ("[" * 250 + "]" * 250, "given [[[[[[[...]]]]]]]; allowed: lines of `key: value`"),
+        ("epochs: 1 # " + "x" * 300_000, "too large; allowed: up to 256000 bytes"),
+        ("seed: [" + "1," * 10_000 + "]", "line 1: more than 10000 keys and values"),
+        (r'"a\nb": 1', r"line 1: the key 'a\nb' has characters that cannot be shown"),
+        (r'"\ud800": 1', r"line 1: the key '\ud800' has characters that cannot be shown"),
+        (f"{'k' * 200}: 1\n{'k' * 200}: 2", f"line 2: the key '{'k' * 57}...' is given twice"),
+        (r'seed: "\UFFFFFFFF"', "not readable as YAML ("),
     ],
 )
 def test_files_that_are_no_configuration(tmp_path, text, expected):
@@ -158,6 +177,25 @@ def test_missing_and_unreadable_files(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not a text file in UTF-8"):
         load_config(tmp_path / "binary.yaml")
+    with pytest.raises(ConfigError, match=r"cannot be read, File name too long .give another one"):
+        load_config("a" * 5000)
+    with pytest.raises(ConfigError, match=r"a\\x00b: cannot be read, embedded null byte"):
+        load_config("a\0b")
+    with pytest.raises(ConfigError, match="/dev/zero: too large"):
+        load_config("/dev/zero")
+
+
+def test_at_most_50_problems_are_told(tmp_path):
+    found = problems(text="\n".join(f"k{i}: 1" for i in range(4000)), tmp_path=tmp_path)
+    assert found[0] == "k0: given 1, but there is no such key"
+    assert len(found) == 51 and found[-1] == "… and 3950 more"
+
+
+def test_what_dump_writes_reads_back():
+    texts = ["1e5", "1.5e5", "1_0.5", "null", "~", "", "no", "12:30", "0o17", "017", "2001-01-01",
+             "=", "<<", "a: b", "# a", " a", "é", "'", '"', "- a", "\u200d"]  # fmt: skip
+    data = {"texts": texts, "numbers": [1e-5, 1e300, 1.0, 5e-324, -0.0, 3], "same": [texts, texts]}
+    assert strict_yaml.parse(strict_yaml.dump(data), "again") == data
 
 
 def test_overrides(tmp_path):
@@ -189,6 +227,17 @@ def test_overrides(tmp_path):
         ("=3", "=3: not an override; allowed: key=value, such as epochs=5"),
         ("epochs=[1", "epochs: expected ',' or ']', but got '<stream end>'"),
         ("epochs.x=3", "epochs.x: epochs has no keys of its own"),
+        ("epochs\x1b=3", r"epochs\x1b=3: not an override; allowed: key=value, such as epochs=5"),
+        ("x\udcff", r"x\udcff: not an override; allowed: key=value, such as epochs=5"),
+        ("x" * 200, "x" * 57 + "...: not an override; allowed: key=value, such as epochs=5"),
+        (
+            "a." * 5000 + "a=1",
+            "a: given {'a': {'a': {'a': {'a': {'a': {'a': {...}}}}}}}, but there is no such key",
+        ),
+        (
+            "seed=" + "1" * 32_000,
+            "command line: overrides of 32005 characters; allowed: up to 32000 in all",
+        ),
         ("wandb.x=3", "wandb.x: given 3, but there is no such key"),
     ],
 )
