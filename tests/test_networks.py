@@ -15,6 +15,8 @@ from conftest import in_float64, make_split, make_splits
 
 import analysis
 import backbones
+import data_loader
+import dfr
 import metrics
 import model
 import trainer
@@ -250,7 +252,7 @@ def test_a_network_limits_the_batches_of_evaluation_and_analyses():
 
 
 def train(fake_run, settings, name, splits, **keys):
-    config = settings(model_name=name, latent_size=8, normalize_inputs=False, **keys)
+    config = settings(**{"model_name": name, "latent_size": 8, "normalize_inputs": False} | keys)
     net = model.build(config, splits.train.inputs.shape[1:]).to(splits.train.inputs.dtype)
     fake_run.rows, fake_run.analyses = [], []
     shutil.rmtree(fake_run.folder / "checkpoints", ignore_errors=True)
@@ -285,6 +287,20 @@ def test_method_total_is_measured_on_a_convnet(fake_run, settings):
         measured = fake_run.values("gap_dynamics_factors", "measured", split)
         for pair in ("G(-1,+1)_vs_G(-1,-1)", "G(+1,-1)_vs_G(+1,+1)"):
             assert measured[0, pair] == pytest.approx(predicted[0, pair], rel=1e-3)
+
+
+def test_a_convnet_learns_the_colours_and_dfr_reads_its_features(fake_run, settings):
+    keys = {"normalize_inputs": False, "learning_rate": 0.1, "dfr_num_retrains": 2}
+    keys |= {f"analyze_{name}": False for name in analysis.ANALYSES}
+    splits = data_loader.load(settings(**keys))
+    net, summaries = train(fake_run, settings, "ConvNet", splits, train_batch_size=16, **keys)
+    assert summaries["train"]["avg_loss"] < fake_run.rows[0]["train_avg_loss"] - 0.1
+    assert summaries["train"]["group_0_acc"] > 0.9
+    for layer, features in (("last_hidden", 8), ("layer_0", 3 * 28 * 28)):
+        config = settings(model_name="ConvNet", dfr_target_layer=layer, **keys)
+        _, results = dfr.retrain(net, splits, config)
+        assert results["num_features"] == features
+        assert results["before"]["test"] == summaries["test"]
 
 
 def test_an_mlp_does_without_torchvision():
