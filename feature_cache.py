@@ -105,7 +105,7 @@ def locked(path: Path):
 
 def listing(folder: Path) -> list[str]:
     """Lines of the table of the files, oldest first, at most 80 characters wide."""
-    row = "{:>8} {:10} {:12} {:5} {:17} {:23}"
+    row = "{:>8} {:10} {:12} {:6} {:17} {:22}"
     lines = [row.format("size", "date", "data set", "split", "model", "layer").rstrip()]
     total = 0
     kept = [path for path in folder.glob("*.safetensors") if FEATURES.fullmatch(path.name)]
@@ -120,7 +120,7 @@ def listing(folder: Path) -> list[str]:
             shown = ["damaged", "", "", ""]
         shown = [
             text if len(text) <= width else text[: width - 1] + "…"
-            for text, width in zip(shown, (12, 5, 17, 23))
+            for text, width in zip(shown, (12, 6, 17, 22))
         ]
         date = datetime.date.fromtimestamp(stat.st_mtime).isoformat()
         lines.append(row.format(_size(stat.st_size), date, *shown).rstrip())

@@ -464,7 +464,7 @@ def _run(config: Config) -> None:
     extractor = Extractor(config, device)
     extractor.extract(data_loader.load(config))
     for name, file in extractor.facts["files"].items():
-        log.info("%-5s %s", name, file)
+        log.info("%-6s %s", name, file)
 
 
 if __name__ == "__main__":

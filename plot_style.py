@@ -11,6 +11,7 @@ from matplotlib.ticker import SymmetricalLogLocator
 SPLIT_TITLES = {
     "train": "train",
     "val": "validation",
+    "target": "target set",
     "test": "test",
     "test_under_train": "test gap, training gradient",
 }

@@ -12,7 +12,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations, cycle
+from itertools import combinations, cycle, product
 from pathlib import Path
 
 import matplotlib
@@ -66,6 +66,11 @@ class Run:
     analysis: pd.DataFrame
     labels: dict[int, str]
     codes: dict[int, str]
+
+    @property
+    def many(self) -> bool:
+        """Whether there are more groups than curves that one can tell apart."""
+        return len(self.labels) > len(groups.GROUPS)
 
     @property
     def method(self) -> str:
@@ -130,7 +135,10 @@ def read_run(folder) -> Run:
     if not counts.empty:
         cells = counts.drop_duplicates("group").set_index("group").sort_index()
         labels = cells["name"].astype(str).to_dict()
-        codes = {g: f"G({y:+.0f},{a:+.0f})" for g, y, a in cells[["y", "a"]].itertuples()}
+        signed = "+" if cells[["y", "a"]].isin([-1, 1]).all(axis=None) else ""
+        codes = {
+            g: f"G({y:{signed}.0f},{a:{signed}.0f})" for g, y, a in cells[["y", "a"]].itertuples()
+        }
     config = read_config(folder / "config_used.yaml")
     return Run(folder, config, history, counts, analysis, labels, codes)
 
@@ -152,7 +160,8 @@ def column(table: pd.DataFrame, name: str) -> np.ndarray:
 
 def history_splits(run: Run) -> list[str]:
     """The splits of the training history."""
-    return [split for split in ("train", "val", "test") if f"{split}_avg_loss" in run.history]
+    splits = ("train", "val", "target", "test")
+    return [split for split in splits if f"{split}_avg_loss" in run.history]
 
 
 def analysis_values(run: Run, analysis: str, split: str, pair: str = "") -> pd.DataFrame:
@@ -199,6 +208,8 @@ def name_empty_groups(run: Run, axes, splits: list[str]) -> None:
     """Say below the title of a split which groups have no samples there."""
     for ax, split in zip(axes[0], splits, strict=True):
         empty = run.counts.name[(run.counts.split == split) & (run.counts["count"] == 0)]
+        if run.many and len(empty):
+            empty = [f"{len(empty)} of {len(run.labels)} groups"]
         if len(empty):
             # Lines break between names only.
             names = "; ".join(name.replace(" ", "\xa0") for name in empty)
@@ -242,9 +253,53 @@ def training_history(run: Run) -> Figure:
 
 
 def group_curves(run: Run) -> Figure:
-    """Loss and accuracy of every group."""
+    """Loss and accuracy of every group; of many, accuracies over those with and without shortcut.
+
+    The shortcut: a minority sample's attribute is not its label.
+    """
+    if run.many:
+        curves = [
+            ("average", STYLES[2], "avg"),
+            ("majority", STYLES[1], "majority"),
+            ("minority", STYLES[0], "minority"),
+            ("worst group", STYLES[3], "worst"),
+        ]
+        return history_figure(run, "Majority and minority", curves)
     curves = [(label, group_style(g), f"group_{g}") for g, label in run.labels.items()]
     return history_figure(run, "Groups", curves)
+
+
+def group_accuracies(run: Run) -> Figure | None:
+    """Where there are many groups: their test accuracies at the last epoch, class × attribute."""
+    if not run.many or run.counts.empty or "test" not in history_splits(run):
+        return None
+    cells = run.counts.drop_duplicates("group")
+    last = run.history.iloc[-1:]
+    values = [column(last, f"test_group_{g}_acc")[0] for g in cells.group]
+    table = cells.assign(value=values).pivot(index="y", columns="a", values="value")
+    names = cells.name.astype(str).str.rpartition(", ")
+    rows = names[0].groupby(cells.y).first()
+    columns = names[2].groupby(cells.a).first()
+    size = (2.6 + 0.45 * len(columns), 1.5 + 0.38 * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
+    ax = figure.subplots()
+    ax.grid(False)
+    ax.set_facecolor("lightgrey")  # shows where there is no value
+    picture = ax.imshow(table, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    for (i, y), (j, a) in product(enumerate(table.index), enumerate(table.columns)):
+        value = table.loc[y, a]
+        if np.isfinite(value):
+            colour = "white" if value < 0.6 else "black"
+            ax.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=7)
+    ax.set_xticks(range(len(columns)), columns)
+    ax.set_yticks(range(len(rows)), rows)
+    ax.set(xlabel="attribute", ylabel="class")
+    bar = figure.colorbar(picture, ax=ax)
+    bar.set_label("accuracy")
+    missing = " (grey: no samples)" if table.isna().any(axis=None) else ""
+    epoch = f"Test accuracy in % of every group at epoch {last.epoch.iloc[0]}{missing}"
+    figure.suptitle(title(run, epoch))
+    return figure
 
 
 def gap_pairs(run: Run) -> list[tuple[str, str]]:
@@ -396,8 +451,10 @@ def model_output_expectation(run: Run) -> Figure:
     return finish(run, figure, axes, "Model output", table.index)
 
 
-def misclassification(run: Run) -> Figure:
-    """Error rate of every group and its share among all errors of the split."""
+def misclassification(run: Run) -> Figure | None:
+    """Error rate of every group and its share among all errors of the split; not of many groups."""
+    if run.many:
+        return None
     splits, epochs = history_splits(run), run.history.epoch.to_numpy()
     # Bars one epoch wide, without gaps where epochs are missing.
     edges = np.r_[epochs[0] - 0.5, (epochs[1:] + epochs[:-1]) / 2, epochs[-1] + 0.5]
@@ -431,7 +488,10 @@ def read_dfr(path: Path) -> dict:
         for time in ("before", "after"):
             rows = result[time].items()
             result[time] = {split: pd.Series(row, dtype=float) for split, row in rows}
-        tuning = [(float(p["c"]), float(p["worst_acc"])) for p in result.get("tuning") or []]
+        score = result.get("tuned_for") or "worst_acc"
+        # JSON has null for NaN.
+        points = [(p["c"], p[score]) for p in result.get("tuning") or []]
+        tuning = [(float(c), math.nan if value is None else float(value)) for c, value in points]
         return result | {"tuning": sorted(tuning)}
 
 
@@ -439,8 +499,11 @@ def before_and_after(ax, run: Run, before: pd.Series, after: pd.Series) -> None:
     """Two bars for every accuracy: pale and hatched before, full after."""
     bars = [("avg_acc", "average", GREY), ("adjusted_acc", "adjusted", GREY)]
     bars.append(("worst_acc", "worst\ngroup", GREY))
-    for g, label in run.labels.items():
-        bars.append((f"group_{g}_acc", label.replace(", ", ",\n"), group_style(g)["color"]))
+    if run.many:
+        bars += [("minority_acc", "minority", GREY), ("majority_acc", "majority", GREY)]
+    else:
+        for g, label in run.labels.items():
+            bars.append((f"group_{g}_acc", label.replace(", ", ",\n"), group_style(g)["color"]))
     table = pd.DataFrame({"before": before, "after": after}).dropna(how="all") * 100
     bars = [bar for bar in bars if bar[0] in table.index]
     for x, (key, _, colour) in enumerate(bars):
@@ -454,8 +517,8 @@ def before_and_after(ax, run: Run, before: pd.Series, after: pd.Series) -> None:
     ax.grid(False, axis="x")
 
 
-def tuning_curve(ax, points, chosen) -> None:
-    """Worst-group accuracy on held-out tuning data for every C, the chosen one marked."""
+def tuning_curve(ax, points, chosen, score: str) -> None:
+    """Accuracy on held-out tuning data for every C, the chosen one marked."""
     c, accuracy = np.transpose(points)
     curve(ax, c, accuracy, STYLES[2] | {"linestyle": "-"}, "tuning")
     if chosen is not None:
@@ -467,7 +530,7 @@ def tuning_curve(ax, points, chosen) -> None:
         ax.set_xticks(shown, [f"{value:g}" for value in shown], fontsize=8)
         ax.xaxis.set_minor_locator(NullLocator())
     ax.set_title("tuning (dashed: chosen C)")
-    ax.set(xlabel="inverse regularisation C", ylabel="worst-group accuracy")
+    ax.set(xlabel="inverse regularisation C", ylabel=score)
 
 
 def dfr(run: Run) -> Figure | None:
@@ -486,7 +549,9 @@ def dfr(run: Run) -> Figure | None:
         before_and_after(ax, run, before[split], after[split])
         ax.set_title(SPLIT_TITLES[split])
     if points:
-        tuning_curve(figure.add_subplot(grid[0, 1]), points, result.get("c"))
+        on_minority = result.get("tuned_for") == "minority_acc"
+        score = "validation\nminority accuracy" if on_minority else "worst-group accuracy"
+        tuning_curve(figure.add_subplot(grid[0, 1]), points, result.get("c"), score)
     handles = [Patch(facecolor=GREY, label=time, **look) for time, look in BAR_LOOKS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     settings = [f"{key} {result[key]}" for key in ("split_strategy", "reg", "c") if key in result]
@@ -496,17 +561,24 @@ def dfr(run: Run) -> Figure | None:
 
 
 def samples(run: Run) -> Figure | None:
-    """Training pictures, one row a group."""
+    """Training pictures, one row a group; of many groups, one row a class."""
     path = run.folder / "samples.npz"
     if not present(path):
         return None
     with readable(path), np.load(path, allow_pickle=False) as arrays:
-        pictures, members = arrays["pictures"], arrays["group"]
-    shown = [g for g in run.labels if (members == g).any()]
+        pictures, members = arrays["pictures"], arrays["y" if run.many else "group"]
+    labels = run.labels
+    if run.many:
+        names = run.counts.drop_duplicates("y").set_index("y").name
+        labels = names.astype(str).str.rpartition(", ")[0].to_dict()
+    shown = [g for g in labels if (members == g).any()]
     if not shown:
         return None
     width = min(PICTURES_PER_GROUP, max(int((members == g).sum()) for g in shown))
-    figure = Figure(figsize=(1.5 + 0.75 * width, 0.5 + 0.8 * len(shown)), layout="constrained")
+    ratio = pictures.shape[1] / pictures.shape[2]
+    across, down = 0.75 / ratio**0.5, 0.05 + 0.75 * ratio**0.5  # inches of a picture
+    size = (1.5 + across * width, 0.5 + down * len(shown))
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(shown), width, squeeze=False)
     for row, g in zip(axes, shown, strict=True):
         for ax in row:
@@ -517,7 +589,7 @@ def samples(run: Run) -> Figure | None:
             ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         # Hidden axes have no label: text beside the first picture stands in for it.
         place = {"ha": "right", "va": "center", "transform": row[0].transAxes}
-        row[0].text(-0.12, 0.5, run.labels[g].replace(", ", ",\n"), **place)
+        row[0].text(-0.12, 0.5, labels[g].replace(", ", ",\n"), **place)
     figure.suptitle(title(run, "Samples"))
     return figure
 
@@ -530,7 +602,7 @@ ANALYSIS_FIGURES = (
     jacobian_norm,
     model_output_expectation,
 )
-HISTORY_FIGURES = (training_history, group_curves, gaps, misclassification)
+HISTORY_FIGURES = (training_history, group_curves, group_accuracies, gaps, misclassification)
 FIGURES = {make.__name__: make for make in (*HISTORY_FIGURES, *ANALYSIS_FIGURES, dfr, samples)}
 
 

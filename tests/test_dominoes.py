@@ -11,6 +11,7 @@ from test_cifar10 import write_folder
 import config as configuration
 import data_loader
 import dominoes
+import feature_extractor
 import groups
 import main
 from errors import ConfigError, DataError
@@ -266,6 +267,27 @@ def test_shares():
     assert dominoes._shares(10, [100, 0, 1]) == [9, 0, 1]
     assert dominoes._shares(2, [100, 0, 1]) == [1, 0, 1]
     assert dominoes._shares(1, [100, 0, 1]) is None
+
+
+def test_features_of_composed_pictures(load, settings, tmp_path):
+    keys = {
+        "use_feature_extractor": True, "feature_extractor_weights": "random", "image_size": 224,
+        "feature_extractor_resnet_intermediate_layer": "layer1", "num_workers": 0,
+        "features_cache_dir": str(tmp_path), "normalize_inputs": False, "num_train_samples": 10,
+        "num_test_samples": 4, "val_target_size": 8, "dfr_val_split_strategy": "target",
+    }  # fmt: skip
+    splits = load(**keys)
+    extractor = feature_extractor.Extractor(settings(dataset_name="Dominoes", **keys))
+    extracted = extractor.extract(splits)
+    for name, split in splits.named().items():
+        pixels = torch.stack([split.inputs.decode_uint8(i) for i in range(len(split))])
+        assert torch.equal(pixels.float() / 255, split.inputs[:])
+        found = getattr(extracted, name)
+        assert torch.allclose(found.inputs, extractor.backbone(pixels), atol=1e-4)
+        assert found.counts == split.counts
+    files = extractor.facts["files"]
+    assert files["dfr"] == files["target"] and len(set(files.values())) == 4
+    assert extracted.cells == splits.cells and extracted.facts == splits.facts
 
 
 @pytest.mark.parametrize(

@@ -664,7 +664,7 @@ def test_list_and_prune(quick, capsys, monkeypatch, tmp_path):
     assert feature_extractor.main(["--list", *options]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and all(len(line) <= 80 for line in lines[:-1])
-    assert re.search(r" B 2\d{3}-\d\d-\d\d ColoredMNIST train ResNet18 +layer1-1x1", lines[1])
+    assert re.search(r" B 2\d{3}-\d\d-\d\d ColoredMNIST train +ResNet18 +layer1-1x1", lines[1])
 
     with filelock.FileLock(folder / f"{digest}.lock"):
         assert feature_extractor.main([*options, "--prune"]) == 0

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 NAMES = ["digit < 5, red", "digit < 5, green", "digit ≥ 5, red", "digit ≥ 5, green"]
 PAIRS = ((1, 0), (2, 3))
+FOUR_GROUPS = [name for name in plotting.FIGURES if name != "group_accuracies"]
 CONFIG = """\
 experiment_name: colored_mnist
 debias_method: GroupDRO
@@ -158,7 +159,7 @@ def drawn(tmp_path_factory):
 
 def test_every_figure_is_a_readable_picture(drawn):
     folder, paths = drawn
-    assert paths == [folder / "plots" / f"{name}.png" for name in plotting.FIGURES]
+    assert paths == [folder / "plots" / f"{name}.png" for name in FOUR_GROUPS]
     assert sorted((folder / "plots").iterdir()) == sorted(paths)
     for path in paths:
         picture = imread(path)
@@ -220,7 +221,7 @@ def test_empty_groups_and_divergence_draw_without_warnings(tmp_path, epochs, eve
     last = table.epoch == table.epoch.max()
     table.loc[last, "value"] = np.where(np.arange(last.sum()) % 2, np.inf, -1e38)
     table.to_csv(folder / "analysis.csv", index=False)
-    assert [path.stem for path in plotting.draw(folder)] == list(plotting.FIGURES)
+    assert [path.stem for path in plotting.draw(folder)] == FOUR_GROUPS
     run = plotting.read_run(folder)
     assert f"diverged at epoch {epochs}" in plotting.title(run, "Groups")
 
@@ -347,3 +348,81 @@ def test_damaged_tables_are_named(tmp_path, capsys, table, content):
     (folder / table).write_text(content, encoding="utf-8")
     assert plotting.main([str(folder)]) == 2
     assert ("plot_format" if "pdf" in content else table) in one_line(capsys)
+
+
+def write_many(folder, classes=4, epochs=3, empty=()):
+    """A run folder of classes × classes groups, without analyses; returns the folder."""
+    folder.mkdir()
+    cells = groups.class_cells(classes, classes)
+    rows = [
+        (split, g, y, a, f"class {y}, {a}", 0 if g in empty and split == "test" else 5 + g)
+        for split in ("train", "val", "target", "test")
+        for g, (y, a) in enumerate(cells)
+    ]
+    columns = ["split", "group", "y", "a", "name", "count"]
+    pd.DataFrame(rows, columns=columns).to_csv(folder / "group_counts.csv", index=False)
+    table, time = {"epoch": np.arange(epochs + 1)}, np.arange(epochs + 1)
+    for split in ("train", "val", "target", "test"):
+        for g in range(len(cells)):
+            gone = np.nan if g in empty and split == "test" else 1.0
+            table[f"{split}_group_{g}_acc"] = gone * (g + time) / (len(cells) + epochs)
+            table[f"{split}_group_{g}_loss"] = gone * np.exp(-time)
+        for number, name in enumerate(("avg", "worst", "adjusted", "minority", "majority")):
+            table[f"{split}_{name}_acc"] = 0.1 + 0.1 * number + 0.02 * time
+        for name in ("avg", "worst"):
+            table[f"{split}_{name}_loss"] = np.exp(-time)
+    pd.DataFrame(table).to_csv(folder / "training_history.csv", index=False)
+    (folder / "config_used.yaml").write_text(CONFIG, encoding="utf-8")
+    row = {f"group_{g}_acc": 0.5 for g in range(len(cells))}
+    row |= {f"{name}_acc": 0.4 for name in ("avg", "worst", "adjusted", "minority", "majority")}
+    tuning = [{"c": 0.1, "minority_acc": 0.3}, {"c": 1.0, "minority_acc": None}]
+    result = {"split_strategy": "target", "reg": "l1", "c": 0.1, "tuning": tuning}
+    result |= {"tuned_for": "minority_acc", "before": {"test": row}, "after": {"test": row}}
+    (folder / "dfr_results.json").write_text(json.dumps(result), encoding="utf-8")
+    y = np.repeat(np.arange(classes), 3)
+    pictures = np.random.default_rng(0).random((len(y), 64, 32, 3), dtype=np.float32)
+    np.savez(folder / "samples.npz", pictures=pictures, group=y * classes, y=y, a=0 * y)
+    return folder
+
+
+def test_many_groups(tmp_path):
+    folder = write_many(tmp_path / "run")
+    names = [path.stem for path in plotting.draw(folder)]
+    assert names == ["training_history", "group_curves", "group_accuracies", "dfr", "samples"]
+    run = plotting.read_run(folder)
+    assert run.codes[6] == "G(1,2)"
+    figure = plotting.group_curves(run)
+    assert labels_of(figure) == ["average", "majority", "minority", "worst group"]
+    titles = [ax.get_title() for ax in figure.axes[:4]]
+    assert titles == ["train", "validation", "target set", "test"]
+    accuracies = dict(zip(labels_of(figure), figure.axes[7].lines))
+    minority = pd.read_csv(folder / "training_history.csv")["test_minority_acc"]
+    np.testing.assert_allclose(accuracies["minority"].get_ydata(), minority)
+    figure = plotting.dfr(run)
+    bars = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert bars == ["average", "adjusted", "worst\ngroup", "minority", "majority"]
+    assert figure.axes[1].get_ylabel() == "validation\nminority accuracy"
+    texts = [text.get_text() for ax in plotting.samples(run).axes for text in ax.texts]
+    assert texts == [f"class {y}" for y in range(4)]
+
+
+def test_the_map_of_groups_is_that_of_the_last_epoch(tmp_path):
+    folder = write_many(tmp_path / "run", empty=(6, 9))
+    run = plotting.read_run(folder)
+    figure = plotting.group_accuracies(run)
+    shown = figure.axes[0].images[0].get_array()
+    last = pd.read_csv(folder / "training_history.csv").iloc[-1]
+    for y in range(4):
+        for a in range(4):
+            if 4 * y + a in (6, 9):
+                assert shown.mask[y, a]
+            else:
+                assert shown[y, a] == last[f"test_group_{4 * y + a}_acc"]
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()][2] == "class 2"
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()][3] == "3"
+    assert len(figure.axes[0].texts) == 14
+    assert "at epoch 3 (grey: no samples)" in figure.get_suptitle()
+    picture = plotting.draw(folder)
+    assert any(path.stem == "group_accuracies" for path in picture)
+    curves = plotting.group_curves(run)
+    assert curves.axes[3].get_title() == "test\nno samples: 2 of 16 groups"
