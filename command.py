@@ -2,10 +2,11 @@
 
 Exit codes: 0 done; 2 what the user can fix, one line a problem on standard error; 1 anything else
 (a traceback: a fault of ours); 128 + the signal's number if stopped by one (130 Ctrl-C, 143
-SIGTERM, 138 SIGUSR1 and 140 SIGUSR2, by which clusters announce pre-emption).
+SIGTERM, 129 SIGHUP, 138 SIGUSR1 and 140 SIGUSR2, by which clusters announce pre-emption).
 """
 
 import argparse
+import io
 import logging
 import signal
 import sys
@@ -18,7 +19,7 @@ from errors import ConfigError, UserError
 
 STOPPING = [
     getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
     if hasattr(signal, name)
 ]
 
@@ -54,41 +55,58 @@ def exit_code(command) -> int:
         # A terminal without Unicode gets escapes instead of a traceback.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    try:
-        command()
-    except UserError as error:
-        _say(*error.problems, *_notes(error))
-        return 2
-    except OSError as error:
-        # Permissions, a full or read-only disk: not a fault of the program.
-        if error.errno not in files.REFUSALS or not error.filename:
-            raise
-        _say(f"{error.filename}: {error.strerror}", *_notes(error))
-        return 2
-    except Stopped as error:
-        _say(f"Stopped by {signal.Signals(error.signum).name}.", *_notes(error))
-        return 128 + error.signum
-    except KeyboardInterrupt as error:
-        _say("Stopped by SIGINT.", *_notes(error))
-        return 128 + signal.SIGINT
+    with stop_signals():
+        try:
+            command()
+        except UserError as error:
+            tell(*error.problems, *_notes(error))
+            return 2
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in files.REFUSALS and error.filename:
+                # Permissions, a full or read-only disk: not a fault of the program.
+                tell(f"{error.filename}: {error.strerror}", *_notes(error))
+                return 2
+            # A signal to the whole process group also ends worker processes, which is told first.
+            if _signals.arrived is None:
+                raise
+            return _stopped(_signals.arrived, error)
+        except (Stopped, KeyboardInterrupt) as error:
+            return _stopped(getattr(error, "signum", signal.SIGINT), error)
     return 0
 
 
-def _say(*lines: str) -> None:
-    for line in lines:
-        print(line, file=sys.stderr)
+def _stopped(signum: int, error) -> int:
+    tell(f"Stopped by {signal.Signals(signum).name}.", *_notes(error))
+    return 128 + signum
 
 
 def _notes(error) -> list[str]:
     return getattr(error, "__notes__", [])
 
 
-class Stopped(BaseException):
-    """A signal asks the command to stop."""
+def tell(*lines: str, stream: str = "stderr") -> None:
+    """Print lines; where nobody listens any more (`| head`), go on without."""
+    try:
+        for line in lines:
+            print(line, file=getattr(sys, stream), flush=True)
+    except OSError:
+        # Or Python would stumble over the same lines when it ends.
+        setattr(sys, stream, _Nobody())
 
-    def __init__(self, signum: int):
+
+class _Nobody(io.TextIOBase):
+    """A stream that nobody reads."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+class Stopped(BaseException):
+    """A signal asks the command to stop. torn: in the middle of a `whole_step`."""
+
+    def __init__(self, signum: int, torn: bool = False):
         super().__init__(signal.Signals(signum).name)
-        self.signum = signum
+        self.signum, self.torn = signum, torn
 
 
 class _Signals:
@@ -96,15 +114,22 @@ class _Signals:
 
     def __init__(self):
         self.arrived: int | None = None
+        self.raised = False
         self.depth = 0
 
     def handle(self, signum, frame) -> None:
         again = self.arrived is not None and signum == signal.SIGINT
         self.arrived = self.arrived or signum
+        if self.raised:  # clusters repeat signals; the end is not to be interrupted
+            return
         if self.depth == 0 or again:
-            raise Stopped(self.arrived)
+            self.throw(torn=self.depth > 0)
         if signum == signal.SIGINT:
-            _say("Stopping after this step; Ctrl-C once more stops at once and loses the step.")
+            tell("Stopping after this step; Ctrl-C once more stops at once and loses the step.")
+
+    def throw(self, torn: bool = False):
+        self.raised = True
+        raise Stopped(self.arrived, torn)
 
 
 _signals = _Signals()
@@ -112,19 +137,17 @@ _signals = _Signals()
 
 @contextmanager
 def stop_signals():
-    """Signals that ask for a stop raise `Stopped`, at once or at the end of `whole_step`."""
+    """Signals that ask for a stop raise `Stopped`, once: now or at the end of `whole_step`."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     _signals.__init__()
-    before = {signum: signal.signal(signum, _signals.handle) for signum in STOPPING}
+    before = {}
+    for signum in STOPPING:
+        if signum != getattr(signal, "SIGHUP", None) or signal.getsignal(signum) != signal.SIG_IGN:
+            before[signum] = signal.signal(signum, _signals.handle)  # nohup stays nohup
     try:
         yield
-    except Exception as error:
-        # A signal to the whole process group also ends worker processes, which is told first.
-        if _signals.arrived is None:
-            raise
-        raise Stopped(_signals.arrived) from error
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -138,8 +161,8 @@ def whole_step():
         yield
     finally:
         _signals.depth -= 1
-    if _signals.arrived is not None and _signals.depth == 0:
-        raise Stopped(_signals.arrived)
+    if _signals.arrived is not None and _signals.depth == 0 and not _signals.raised:
+        _signals.throw()
 
 
 class _Console(logging.Handler):
@@ -148,7 +171,10 @@ class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
-        tqdm.write(self.format(record), file=sys.stderr)
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except OSError:
+            tell(self.format(record))  # which gives up for good
 
 
 @contextmanager

@@ -34,7 +34,7 @@ import distributed
 import feature_cache
 import files
 from backbones import SIDE
-from command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, stop_signals
+from command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code
 from config import Config, load_config
 from errors import ConfigError, DataError, UserError
 from splits import Splits
@@ -433,7 +433,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(
                 "use_feature_extractor: given false; allowed to extract features: true"
             )
-        with console_log(), stop_signals(), distributed.process_group():
+        with console_log(), distributed.process_group():
             _run(config)
 
     return exit_code(extraction)

@@ -15,7 +15,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import config as configuration
-from command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, stop_signals
+from command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, tell
 from config import Config
 
 log = logging.getLogger("spurious.main")
@@ -24,7 +24,7 @@ log = logging.getLogger("spurious.main")
 def run(config: Config, command: list[str], early_log: MemoryHandler, resume=None) -> None:
     """The pipeline. Raises `UserError` for what the user can fix.
 
-    resume: (folder of a run, phase to start with) for a run that goes on. Of the processes of
+    resume: a `tracking.Resumption` for a run that goes on. Of the processes of
     torchrun all train, and the first one does the rest.
     """
     # Imported here: `--help` and configuration errors need not wait for torch.
@@ -38,7 +38,7 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
     with distributed.process_group(device):
         splits, facts = None, {}
         loading = time.perf_counter()
-        if resume is None or resume[1] != "plots":
+        if resume is None or resume.phase != "plots":
             splits, facts = distributed.together(lambda: _load(config, device))
         loading = time.perf_counter() - loading
 
@@ -46,7 +46,7 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
             if distributed.rank() > 0:
                 return None
             if resume:
-                return tracking.resume(*resume, config, device, command)
+                return tracking.resume(resume, device, command)
             return tracking.start(config, device, command, facts)
 
         results = distributed.together(opened)
@@ -65,10 +65,12 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
 
                 with results.timed("plots"):
                     results.images(plotting.draw(folder))
-                print(f"Results: {folder}", flush=True)
             if diverged:
+                tell(f"Results: {folder}", stream="stdout")
                 raise diverged
             results.enter("done")
+    if results.leads:
+        tell(f"Results: {folder}", stream="stdout")
 
 
 def _load(config: Config, device: str):
@@ -130,18 +132,23 @@ def main(argv: list[str] | None = None) -> int:
             import tracking
 
             folder = Path(arguments.resume)
-            config, phase = tracking.load_to_resume(folder, arguments.config, arguments.overrides)
-            if phase == "done":
-                print(f"{folder}: finished already, nothing to do")
+            resume = tracking.load_to_resume(folder, arguments.config, arguments.overrides)
+            config = resume.config
+            if resume.phase == "done":
+                tell(f"{folder}: finished already, nothing to do", stream="stdout")
                 return
-            resume = (folder, phase)
         else:
             file = arguments.config or DEFAULT_CONFIG_FILE
             config = configuration.load_config(file, arguments.overrides)
-        with console_log() as early_log, stop_signals():
+        with console_log() as early_log:
             if config.ignored:
                 log.info("Given, but without effect here: %s", "; ".join(config.ignored))
-            run(config, ["main.py", *argv], early_log, resume)
+            try:
+                run(config, ["main.py", *argv], early_log, resume)
+            except BaseException as error:
+                if resume:
+                    tracking.add_advice(error, resume.folder)
+                raise
 
     return exit_code(experiment)
 

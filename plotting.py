@@ -25,6 +25,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 import files
 import groups
+from errors import UserError
 from plot_style import (
     BAR_LOOKS,
     GREY,
@@ -51,7 +52,7 @@ TABLES = ("training_history.csv", "analysis.csv", "dfr_results.json", "samples.n
 PICTURES_PER_GROUP = 8
 
 
-class PlotError(Exception):
+class PlotError(UserError):
     """What the user can fix about a run folder: one line, no traceback."""
 
 

@@ -27,6 +27,7 @@ import time
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import filelock
 import numpy as np
@@ -48,6 +49,7 @@ PACKAGES = (
     "scikit-learn", "wandb",
 )  # fmt: skip
 PHASES = ("training", "DFR", "plots", "done")
+CONFIG = "config_used.yaml"
 REWOUND = ("training_history", "analysis")  # tables that a checkpoint says the length of
 
 
@@ -111,6 +113,7 @@ class Run:
 
     def enter(self, phase: str) -> None:
         """From here on, a resumed run starts with this phase."""
+        self.sync()
         self.phase = phase
         self.state = "done" if phase == "done" else "running"
         write_status(self.folder, self.state, phase, self.id, self.summary)
@@ -122,9 +125,7 @@ class Run:
             write_status(self.folder, self.state, self.phase, self.id, self.summary, reason)
         except StorageError as second:
             log.warning("%s", second)
-        if not getattr(error, "final", False):
-            error.add_note("To resume:")
-            error.add_note(f"python main.py --resume {shlex.quote(str(self.folder))}")
+        add_advice(error, self.folder)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the tables that training writes, for `rewind`."""
@@ -139,6 +140,12 @@ class Run:
         """Whether the tables are at least as long as when their `sizes` were taken."""
         paths = {name: self.folder / f"{name}.csv" for name in sizes}
         return all(paths[n].exists() and paths[n].stat().st_size >= sizes[n] for n in sizes)
+
+    def forget_results(self) -> None:
+        """Remove what follows from the trained network, which is going to be another."""
+        for pattern in ("model.pt", "dfr_*", "plots/dfr.*"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
 
     def rewind(self, sizes: dict[str, int]) -> None:
         """Remove the rows that training wrote after `sizes` were taken: it writes them again."""
@@ -249,6 +256,13 @@ class Run:
                 self.trackers.remove(tracker)
 
 
+def add_advice(error, folder: Path) -> None:
+    """Note on an error that ends a run how to resume it, unless that makes no sense."""
+    if not getattr(error, "final", False) and not getattr(error, "__notes__", None):
+        error.add_note("To resume:")
+        error.add_note(f"python main.py --resume {shlex.quote(str(folder))}")
+
+
 class Silent:
     """Stands for the run in the processes that do not write."""
 
@@ -340,7 +354,7 @@ def start(config: Config, device: str, command: list[str], facts: dict) -> Run:
         results.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=results))
         fresh.chmod(0o755)
-        files.write_text(fresh / "config_used.yaml", config_yaml(config))
+        files.write_text(fresh / CONFIG, config_yaml(config))
         _write_environment(fresh, environment(config, device, command) | facts)
         write_status(fresh, "running", PHASES[0], secrets.token_hex(4), {})
         folder = _rename_to_unique(fresh, results / f"{config.experiment_name}_{_now()}")
@@ -356,15 +370,28 @@ def _write_environment(folder: Path, facts: dict) -> None:
     files.write_text(folder / "environment.json", json.dumps(facts, indent=2) + "\n")
 
 
-def load_to_resume(folder: Path, config_file: str | None, overrides) -> tuple[Config, str]:
-    """(configuration, phase to start with) for resuming a run.
+class Resumption(NamedTuple):
+    """A run that is to go on: with which configuration, and with which phase to start.
 
-    config_file: None = the run's own `config_used.yaml`. The phase is "done" if there is nothing
-    left to do. Raises `ConfigError` for every key with a change that would change the results.
+    seen: the bytes of the files that this follows from, before the run is locked.
     """
-    used = folder / "config_used.yaml"
+
+    folder: Path
+    config: Config
+    phase: str
+    seen: list[bytes]
+
+
+def load_to_resume(folder: Path, config_file: str | None, overrides) -> Resumption:
+    """What it takes to resume a run; its phase is "done" if there is nothing left to do.
+
+    config_file: None = the run's own `config_used.yaml`. Raises `ConfigError` for every key with a
+    change that would change the results.
+    """
+    used = folder / CONFIG
     if not used.is_file():
         raise ConfigError(f"--resume: given {folder}, but there is no {used}")
+    seen = _state(folder)
     old = configuration.load_config(used)
     new = configuration.load_config(config_file or used, overrides)
     problems = configuration.changes_results(old, new)
@@ -375,27 +402,49 @@ def load_to_resume(folder: Path, config_file: str | None, overrides) -> tuple[Co
         phase = PHASES[0]
     elif phase == "done" and new.plot_format != old.plot_format:
         phase = "plots"
-    return new, phase
+    return Resumption(folder, new, phase, seen)
 
 
-def resume(folder: Path, phase: str, config: Config, device: str, command: list[str]) -> Run:
-    """The run in this folder, open to go on with `phase`; see `load_to_resume`."""
+def _state(folder: Path) -> list[bytes]:
+    """What says how far a run is; missing files are empty."""
+    paths = [folder / CONFIG, folder / "status.json"]
+    return [path.read_bytes() if path.exists() else b"" for path in paths]
+
+
+def resume(resumption: Resumption, device: str, command: list[str]) -> Run:
+    """The run, open to go on. Raises `UserError` if another process has it or has changed it."""
+    folder, config, phase, seen = resumption
     run = Run(folder, config)
+    if _state(folder) != seen:
+        raise UserError(f"{folder}: another process has just gone on with this run")
     for place in (folder, folder / "checkpoints", folder / "plots"):
         files.remove_temporaries(place)
     timings = folder / "timings.csv"
     if timings.exists():
         files.cut_torn_line(timings)
+    # Before anything changes: from here on the run is not done, whatever happens.
+    run.summary = {} if phase == PHASES[0] else run.summary
+    run.enter(phase)
+    if phase == PHASES[0]:
+        run.forget_results()
+    files.write_text(folder / CONFIG, config_yaml(config))
+    _tell_environment(folder, environment(config, device, command))
+    return run
+
+
+def _tell_environment(folder: Path, now: dict) -> None:
+    """Adds what a run goes on with to `environment.json`; warns of what has changed."""
     path = folder / "environment.json"
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    now = environment(config, device, command)
-    for change in _differences(facts, now):
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        changes = list(_differences(facts.get("resumed", [facts])[-1], now))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        log.warning("%s: not readable (%s), so it cannot tell what has changed", path, error)
+        facts, changes = {}, []
+    for change in changes:
         log.warning("%s: was %s, is %s; the results may differ in the last digits", *change)
     facts.setdefault("resumed", []).append(now)
-    files.write_text(folder / "config_used.yaml", config_yaml(config))
     _write_environment(folder, facts)
-    run.enter(phase)
-    return run
 
 
 def _differences(before: dict, now: dict):

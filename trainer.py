@@ -10,7 +10,6 @@ does: batches derive from (seed, epoch), so no generator's state has to survive.
 
 import logging
 import math
-import pickle
 import sys
 import time
 import zipfile
@@ -36,7 +35,8 @@ log = logging.getLogger(f"spurious.{__name__}")
 
 KEPT_CHECKPOINTS = 2
 STATE = {
-    "epoch", "step", "model", "optimizer", "method", "summaries", "best", "table_sizes", "data"
+    "epoch", "step", "model", "optimizer", "method", "summaries", "best", "table_sizes",
+    "gram_epochs", "data"
 }  # fmt: skip
 BEST = {"epoch", "score", "summaries", "model", "data"}
 PLAIN_LINES = 100  # at most about so many progress lines where there is no terminal
@@ -167,8 +167,8 @@ class _Training:
                     progress.show(epoch, self.summaries)
                     if self.checkpoint_is_due():
                         self.checkpoint()
-        except Stopped:
-            with whole_step():
+        except Stopped as stop:
+            if not stop.torn:  # else the state is neither the last step's nor the next one's
                 self.checkpoint()
             raise
         except Diverged:
@@ -316,6 +316,7 @@ class _Training:
             "summaries": self.summaries,
             "best": self.best,
             "table_sizes": self.sizes,
+            "gram_epochs": list(self.grams),
             "data": self.data,
         }
         # Names sort by age: a step is written while its epoch is not yet over.
@@ -337,7 +338,7 @@ class _Training:
         self.method.load_state(state["method"])
         self.epoch, self.step, self.summaries = state["epoch"], state["step"], state["summaries"]
         self.sizes, self.best = state["table_sizes"], state["best"]
-        self.load_grams()
+        self.load_grams(state["gram_epochs"])
         log.info("Going on from epoch %d%s", self.epoch, f", step {self.step}" * bool(self.step))
 
     def save_grams(self) -> None:
@@ -360,16 +361,27 @@ class _Training:
             arrays["K_jacobian"] = stacked(1)
         files.save(self.run.folder / "gram.npz", lambda file: np.savez(file, **arrays))
 
-    def load_grams(self) -> None:
-        """Take back what `save_grams` wrote, up to the checkpoint's epoch."""
-        path = self.run.folder / "gram.npz"
-        if not path.exists():
+    def load_grams(self, epochs: list[int]) -> None:
+        """Take back the matrices of these epochs from what `save_grams` wrote."""
+        if not epochs:
             return
-        with np.load(path, allow_pickle=False) as kept:
-            K, K_jacobian = kept["K"], kept.get("K_jacobian", [None] * len(kept["K"]))
-            for epoch, *Ks in zip(kept["epochs"].tolist(), K, K_jacobian):
-                if epoch <= self.epoch:
-                    self.grams[epoch] = tuple(Ks)
+        path = self.run.folder / "gram.npz"
+        try:
+            with np.load(path, allow_pickle=False) as kept:
+                K, K_jacobian = kept["K"], kept.get("K_jacobian", [None] * len(kept["K"]))
+                found = dict(zip(kept["epochs"].tolist(), zip(K, K_jacobian)))
+            self.grams = {epoch: found[epoch] for epoch in epochs}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise _Useless(
+                f"{path}: missing or damaged ({error}); to start over, remove "
+                f"{self.run.folder / 'checkpoints'}"
+            ) from None
+
+
+class _Useless(UserError):
+    """Resuming again would only say the same again."""
+
+    final = True
 
 
 def takes_full_batch(config: Config, method) -> bool:
@@ -410,20 +422,22 @@ def read_checkpoint(folder, run) -> dict | None:
     for path in paths:
         try:
             state = _load(path, STATE)
-        except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
+        except Exception as error:  # there is no end to what damaged bytes raise in torch
             log.warning("%s: not readable (%s)", path, str(error).partition("\n")[0])
             continue
         if run.holds(state["table_sizes"]):
             return state
         log.warning("%s: not used, the tables are shorter than they were then", path)
     if paths:
-        raise UserError(f"{folder}: no checkpoint of use; to start over, remove this folder")
+        raise _Useless(f"{folder}: no checkpoint of use; to start over, remove this folder")
     return None
 
 
 def _load(path, keys: set[str]) -> dict:
-    if not zipfile.is_zipfile(path):  # torch's older formats are pickles as a whole
-        raise ValueError("not a whole checkpoint")
+    with zipfile.ZipFile(path) as archive:  # torch's older formats are pickles as a whole
+        damaged = archive.testzip()  # torch does not look at the checksums
+    if damaged:
+        raise ValueError(f"{damaged} is damaged")
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict) or set(state) != keys:
         raise ValueError(f"has not what a checkpoint has: {', '.join(sorted(keys))}")
@@ -441,7 +455,7 @@ def load_network(model, folder, which: str, fingerprint: str) -> None:
         raise UserError(f"{places}: no {which} checkpoint")
     try:
         state = _load(paths[0], BEST if which == "best" else STATE)
-    except (RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # there is no end to what damaged bytes raise in torch
         raise UserError(f"{paths[0]}: not readable, {error}") from None
     check_data(state, fingerprint, folder)
     model.load_state_dict(state["model"])

@@ -118,11 +118,11 @@ def test_stopped_at_any_moment(go, monkeypatch, moment):
     assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
     kill.read_everything(folder)
     if position:
-        newest = max((folder / "checkpoints").iterdir())
+        newest = max((folder / "checkpoints").glob("epoch_*"))
         assert newest.name == "epoch_{:07d}_step_{:09d}.pt".format(*position)
     assert go("--resume", str(folder))[0] == 0
     assert_equal(folder, reference)
-    assert len(list((folder / "checkpoints").iterdir())) == 2
+    assert len(list((folder / "checkpoints").glob("epoch_*"))) == 2
 
 
 @pytest.mark.parametrize("case", ["dro", "plain", "caps"])
@@ -191,6 +191,87 @@ def test_what_the_disk_refuses_elsewhere_is_told_too(capsys, number, told):
         assert capsys.readouterr().err == "/some/place: Read-only file system\n"
 
 
+def test_a_step_that_is_torn_is_in_no_checkpoint(go, monkeypatch):
+    """A second Ctrl-C in the middle of a step of GroupDRO, after q has moved."""
+    reference = finished(go, "dro")
+
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        at_call(patch, torch.optim.SGD, "step", 3, twice)
+        code, lines = go(*CASES["dro"])
+    folder = go.folder()
+    assert code == 130
+    assert lines[-1] == f"python main.py --resume {folder}"
+    assert sorted(p.name for p in (folder / "checkpoints").glob("epoch*")) == [
+        "epoch_0000002_step_000000000.pt"
+    ]
+    assert go("--resume", str(folder))[0] == 0
+    assert_equal(folder, reference)
+
+
+def test_signals_are_repeated(go, monkeypatch):
+    """The last words are said whatever signals come after the first."""
+    reference = finished(go, "adam")
+    real = tracking.Run._say_how_it_ended
+
+    def stormed(self, error):
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGINT", "SIGTERM"):
+            signal.raise_signal(getattr(signal, name))
+        real(self, error)
+
+    with monkeypatch.context() as patch:
+        at_call(patch, torch.optim.AdamW, "step", 6, sent(signal.SIGTERM))
+        patch.setattr(tracking.Run, "_say_how_it_ended", stormed)
+        code, lines = go(*ADAM)
+    folder = go.folder()
+    assert code == 143
+    assert lines[-1] == f"python main.py --resume {folder}"
+    assert tracking.read_status(folder)["state"] == "stopped"
+    assert go("--resume", str(folder))[0] == 0
+    assert_equal(folder, reference)
+
+
+def test_a_full_disk_is_told_even_if_a_signal_came_first(go, monkeypatch):
+    def full(file, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def terminate():
+        monkeypatch.setattr(files.os, "write", full)
+        signal.raise_signal(signal.SIGTERM)
+
+    at_call(monkeypatch, torch.optim.AdamW, "step", 6, terminate)
+    code, lines = go(*ADAM)
+    assert code == 2
+    assert any("gram.npz: cannot be written, No space left on device" in line for line in lines)
+    assert lines[-1] == f"python main.py --resume {go.folder()}"
+
+
+class Gone:
+    """A console that nobody reads any more."""
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    flush = isatty = lambda self: False
+
+
+def test_a_console_that_is_gone_stops_nothing(go, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Gone())
+        patch.setattr(sys, "stdout", Gone())
+        code, _ = go(*ADAM)
+    assert code == 0
+    assert tracking.read_status(go.folder())["state"] == "done"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", Gone())
+        at_call(patch, torch.optim.AdamW, "step", 6, sent(signal.SIGINT))
+        assert go(*ADAM, results="stopped")[0] == 130
+    assert (go.folder("stopped") / "checkpoints" / "epoch_0000001_step_000000002.pt").exists()
+
+
 def test_whole_steps_are_whole_and_the_handlers_are_given_back():
     before, done = signal.getsignal(signal.SIGTERM), []
     with pytest.raises(Stopped), stop_signals(), whole_step():
@@ -224,7 +305,7 @@ def test_killed_before_the_first_checkpoint_it_starts_over(go, monkeypatch):
         go(*ADAM)
     folder = go.folder()
     assert raised.value.__notes__[-1] == f"python main.py --resume {folder}"
-    assert not (folder / "checkpoints").exists()
+    assert not list((folder / "checkpoints").glob("epoch_*"))
     assert len(pd.read_csv(folder / "training_history.csv")) == 2
     assert go("--resume", str(folder))[0] == 0
     assert_equal(folder, reference)
@@ -305,7 +386,7 @@ def stopped_run(go, monkeypatch):
     with monkeypatch.context() as patch:
         at_call(patch, torch.optim.AdamW, "step", 14, sent(signal.SIGTERM))
         assert go(*ADAM)[0] == 143
-    return go.folder(), sorted((go.folder() / "checkpoints").iterdir())
+    return go.folder(), sorted((go.folder() / "checkpoints").glob("epoch_*"))
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(go, monkeypatch, tmp_path):
@@ -317,6 +398,95 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(go, monkeypatc
     assert any(f"{newer}: not readable" in line for line in lines)
     assert "Going on from epoch 2" in lines
     assert_equal(folder, reference)
+
+
+def test_a_single_bit_is_noticed(go, monkeypatch):
+    reference = finished(go, "adam")
+    folder, (_, newer) = stopped_run(go, monkeypatch)
+    data = bytearray(newer.read_bytes())
+    weights = torch.load(newer, weights_only=True)["model"]["layers.0.weight"].numpy().tobytes()
+    data[data.index(weights) + 1000] ^= 4
+    newer.write_bytes(data)
+    code, lines = go("--resume", str(folder))
+    assert code == 0
+    assert any(f"{newer}: not readable" in line for line in lines)
+    assert_equal(folder, reference)
+
+
+@pytest.mark.parametrize("damage", ["gone", "garbage", "short"])
+def test_matrices_that_are_missing_are_told(go, monkeypatch, damage):
+    folder, _ = stopped_run(go, monkeypatch)
+    path = folder / "gram.npz"
+    if damage == "short":
+        with np.load(path) as kept:
+            arrays = {name: kept[name][:1] for name in kept.files}
+        np.savez(path, **arrays)
+    elif damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"PK garbage")
+    code, lines = go("--resume", str(folder))
+    assert code == 2
+    assert lines[-1].startswith(f"{path}: missing or damaged")
+    assert lines[-1].endswith(f"to start over, remove {folder / 'checkpoints'}")
+
+
+def test_an_environment_that_cannot_be_read_is_told(go, monkeypatch):
+    folder, _ = stopped_run(go, monkeypatch)
+    (folder / "environment.json").write_text('{"device": ')
+    code, lines = go("--resume", str(folder))
+    assert code == 0
+    assert any("environment.json: not readable" in line for line in lines)
+
+
+def test_damaged_tables_are_told_with_what_to_do(go, monkeypatch):
+    folder, _ = stopped_run(go, monkeypatch)
+    table = folder / "analysis.csv"
+    text = table.read_text()
+    table.write_text(text.replace("quantity", "quantitY", 1))
+    code, lines = go("--resume", str(folder))
+    assert code == 2
+    assert f"{table}: no column quantity" in lines
+
+
+@pytest.mark.parametrize("name", ["config_yaml", "_tell_environment"])
+def test_an_extension_that_is_killed_at_once_is_not_finished(go, monkeypatch, name):
+    go(*ADAM, "epochs=6", results="long")
+    folder = finished(go, "adam")
+
+    def die():
+        raise MemoryError("as good as killed")
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        at_call(patch, tracking, name, 1, die)
+        go("--resume", str(folder), "epochs=6")
+    assert go("--resume", str(folder), "epochs=6")[0] == 0
+    assert_equal(folder, go.folder("long"))
+
+
+def test_an_extension_that_diverges_leaves_no_results_of_another_network(go):
+    keys = [
+        "learning_rate=1.9",
+        "loss_function=mse",
+        "activation_function=identity",
+        "momentum=0.9",
+    ]
+    code, _ = go(*keys, "epochs=0")
+    assert code == 0
+    folder = go.folder()
+    code, lines = go("--resume", str(folder), "epochs=500")
+    assert code == 2
+    assert "training loss is" in lines[-1]
+    assert tracking.read_status(folder)["summary"] == {}
+    assert not list(folder.glob("dfr_*")) + list(folder.glob("model.pt"))
+
+
+def test_a_run_that_another_process_has_changed_meanwhile(go, monkeypatch):
+    folder, _ = stopped_run(go, monkeypatch)
+    resumption = tracking.load_to_resume(folder, None, [])
+    assert go("--resume", str(folder))[0] == 0
+    with pytest.raises(tracking.UserError, match="another process has just gone on"):
+        tracking.resume(resumption, "cpu", [])
 
 
 @pytest.mark.parametrize("damage", ["pickle", "torch pickle", "garbage", "empty", "other"])
@@ -360,7 +530,7 @@ def test_two_processes_cannot_have_the_same_run(go, monkeypatch):
             text=True,
         )
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == (
+    assert done.stderr.splitlines()[-3] == (
         f"{folder}: in use by another process; wait for it or stop it"
     )
 
