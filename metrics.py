@@ -61,6 +61,18 @@ def group_batches(split, batch_size: int):
             yield group, slice(start, min(start + batch_size, part.stop))
 
 
+def evaluation_plan(split, batch_size: int) -> list:
+    """The batches in which a split is evaluated, in its order, as a plan for `batches`.
+
+    Those of `group_batches`, with which the analyses share them; but where there are many groups,
+    and so no analyses, batches go across groups, of which most may be small.
+    """
+    if len(split.counts) <= 4:
+        return list(group_batches(split, batch_size))
+    batch_size = min(batch_size, getattr(split.inputs, "max_batch", batch_size))
+    return [(None, slice(i, i + batch_size)) for i in range(0, len(split), batch_size)]
+
+
 def batches(split, plan):
     """Yields (tag, index, inputs[index]) for a list of pairs (tag, index), in order.
 
@@ -80,7 +92,7 @@ def batches(split, plan):
 def outputs(model, split, batch_size: int) -> torch.Tensor:
     """Outputs f, (N,) or (N, C), of a network in evaluation mode, in batches of `batch_size`."""
     model.eval()
-    plan = group_batches(split, batch_size)
+    plan = evaluation_plan(split, batch_size)
     return torch.cat([model(x) for _, _, x in batches(split, plan)])
 
 
