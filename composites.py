@@ -1,7 +1,7 @@
 """Pictures made of two: a digit above a picture, put together when they are asked for.
 
 What is kept are the bytes of the digits and of the pictures. Both layouts are computed in whole
-numbers, so that they are the same to the last bit for every batch size and on every device.
+numbers, so that they depend neither on the batch nor (unless TF32 is switched on) on the device.
 """
 
 import copy

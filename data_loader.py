@@ -158,6 +158,7 @@ def waterbirds(config: Config) -> Splits:
         group_names=["landbird, land", "landbird, water", "waterbird, land", "waterbird, water"],
         samples=shown(samples, F.avg_pool2d(samples.inputs[:], 2)),
         skipped=skipped,
+        facts={"waterbirds": str(source.storage.path)},
     )
 
 

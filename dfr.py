@@ -75,7 +75,7 @@ def feature_batches(model, split: Split, config: Config):
     """Yields the features (B, d) of the configured layer as numpy, in the split's order."""
     model.eval()
     layer = target_layer(config)
-    plan = metrics.group_batches(split, config.eval_batch_size, model)
+    plan = metrics.evaluation_plan(split, config.eval_batch_size, model)
     for _, _, x in metrics.batches(split, plan):
         yield model.hidden(x, layer).cpu().numpy()
 

@@ -38,8 +38,8 @@ def load(config: Config) -> Splits:
     ten = config.dominoes_classes == "ten"
     classes = cifar10.CLASSES if ten else BINARY
     cells = groups.class_cells(10, 10) if ten else groups.GROUPS
-    *pictures, origin = cifar10.load(config.data_dir, classes, config.num_workers)
     digits = mnist.load(config.mnist_source, config.data_dir)
+    *pictures, origin = cifar10.load(config.data_dir, classes, config.num_workers)
 
     pools = [_pool(part, found.labels, classes, config) for part, found in zip(PARTS, pictures)]
     if ten:

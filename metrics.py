@@ -49,17 +49,34 @@ def float64(values: torch.Tensor) -> torch.Tensor:
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 
+def _fitting(split, batch_size: int, model) -> int:
+    """The batch size, or less where pictures or networks for them have a limit of their own."""
+    limits = [getattr(limited, "max_batch", batch_size) for limited in (split.inputs, model)]
+    return min(batch_size, *limits)
+
+
 def group_batches(split, batch_size: int, model=None):
     """Yields (group, slice): the split in batches of one group each, in the split's order.
 
     Evaluation and analyses share these batches, so that they see the very same outputs. Pictures,
     and networks for them, have limits of their own on a batch, for the memory's sake.
     """
-    for limited in (split.inputs, model):
-        batch_size = min(batch_size, getattr(limited, "max_batch", batch_size))
+    batch_size = _fitting(split, batch_size, model)
     for group, part in enumerate(split.slices):
         for start in range(part.start, part.stop, batch_size):
             yield group, slice(start, min(start + batch_size, part.stop))
+
+
+def evaluation_plan(split, batch_size: int, model=None) -> list:
+    """The batches in which a split is evaluated, in its order, as a plan for `batches`.
+
+    Those of `group_batches`, with which the analyses share them; but where there are many groups,
+    and so no analyses, batches go across groups, of which most may be small.
+    """
+    if len(split.counts) <= 4:
+        return list(group_batches(split, batch_size, model))
+    batch_size = _fitting(split, batch_size, model)
+    return [(None, slice(i, i + batch_size)) for i in range(0, len(split), batch_size)]
 
 
 def batches(split, plan):
@@ -81,7 +98,7 @@ def batches(split, plan):
 def outputs(model, split, batch_size: int) -> torch.Tensor:
     """Outputs f, (N,) or (N, C), of a network in evaluation mode, in batches of `batch_size`."""
     model.eval()
-    plan = group_batches(split, batch_size, model)
+    plan = evaluation_plan(split, batch_size, model)
     return torch.cat([model(x) for _, _, x in batches(split, plan)])
 
 

@@ -343,6 +343,12 @@ def test_combinations_that_are_refused(keys, expected):
     assert error.value.problems == (expected,)
 
 
+def test_the_configuration_knows_how_many_pictures_there_are():
+    per_class = cifar10.PER_CLASS["train"]
+    assert {"binary": 2 * per_class, "ten": 10 * per_class} == configuration.DOMINOES_PICTURES
+    assert configuration.DOMINOES_PARTS == {"binary": 2 * 4, "ten": 2 * 10}
+
+
 def test_all_analyses_to_switch_off_are_in_one_line():
     with pytest.raises(ConfigError) as error:
         configuration.validate({"loss_function": "cross_entropy"})

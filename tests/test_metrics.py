@@ -164,6 +164,8 @@ def test_minority_and_majority_of_two_classes():
 
 
 def test_outputs_of_several_classes_in_batches():
-    split = many_groups((5, 0, 7, 1), num_attributes=2)
+    split = many_groups((5, 0, 7, 1, 2, 0), num_attributes=2)
     for size in (1, 4, 100):
         assert torch.equal(metrics.outputs(torch.nn.Identity(), split, size), split.inputs)
+    sizes = [len(x) for _, _, x in metrics.batches(split, metrics.evaluation_plan(split, 4))]
+    assert sizes == [4, 4, 4, 3]  # across the groups
