@@ -7,12 +7,16 @@ several times on fresh group-balanced subsets of all the data and average the co
 
 On a target set without shortcut: one fit on all of it, on the features as they are, with the
 penalty that does best on the validation split's samples whose attribute is not their label.
+
+    python dfr.py --run results/<run> [dfr_key=value ...]     once more, without training
 """
 
 import json
 import logging
 import math
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,7 +27,7 @@ import logistic
 import metrics
 from config import Config, derive_seed
 from data_loader import Split, Splits
-from errors import DataError
+from errors import ConfigError, DataError
 from model import target_layer
 
 log = logging.getLogger(f"spurious.{__name__}")
@@ -282,3 +286,77 @@ def text(results: dict, group_names: list[str]) -> str:
             before, after = (results[when][split][quantity] for when in ("before", "after"))
             lines.append(f"{name:<24}{before:>10.4f}{after:>10.4f}")
     return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python dfr.py --run results/<run>`: retrain a trained run again; returns the exit code."""
+    from command import Parser, console_log, exit_code
+
+    parser = Parser(
+        prog="python dfr.py",
+        description="Deep feature reweighting of a trained run, without training it again.",
+    )
+    parser.add_argument("--run", required=True, metavar="FOLDER", help="results/<run>")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="dfr_key=value",
+        help="settings of DFR that replace the run's",
+    )
+
+    def again() -> None:
+        arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+        with console_log():
+            print(f"Results: {retrain_run(Path(arguments.run), arguments.overrides)}")
+
+    return exit_code(again)
+
+
+# What of DFR decides about the training data, and so about the network.
+SPLITTING = ("dfr_val_split_strategy", "dfr_val_ratio")
+
+
+def retrain_run(folder: Path, overrides) -> Path:
+    """Retrain the network of a run's last (or best) checkpoint with other settings of DFR.
+
+    Writes `config_used.yaml` and what `save` writes into a new folder `<run>/dfr/<time>`, and
+    returns that. Raises `ConfigError` for overrides that are not of DFR, `DataError` when the data
+    are not the run's: test or training data must never be what DFR retrains on.
+    """
+    import config as configuration
+    import data_loader
+    import model
+    import tracking
+    import trainer
+
+    used = folder / "config_used.yaml"
+    if not used.is_file():
+        raise ConfigError(f"--run: given {folder}, but there is no {used}")
+    wrong = [
+        given for given in overrides
+        if not given.startswith("dfr_") or given.partition("=")[0] in SPLITTING
+    ]  # fmt: skip
+    if wrong:
+        raise ConfigError(
+            *(f"{given}: allowed: keys of DFR, but not {', '.join(SPLITTING)}" for given in wrong)
+        )
+    config = configuration.load_config(used, [*overrides, "use_dfr=true"])
+    device = model.choose_device(config.device)
+    splits = data_loader.load(config)
+    if config.use_feature_extractor:
+        import feature_extractor
+
+        splits = feature_extractor.Extractor(config, device).extract(splits)
+    check(splits)
+    network = model.build_for(config, splits)
+    trainer.load_network(network, folder, config.dfr_network, splits.fingerprint())
+    head, results = retrain(network.to(device), splits.to(device), config)
+    place = tracking.new_folder(folder / "dfr")
+    files.write_text(place / "config_used.yaml", tracking.config_yaml(config))
+    save(place, head, results, splits.group_names)
+    log.info("%s", text(results, splits.group_names))
+    return place
+
+
+if __name__ == "__main__":
+    sys.exit(main())

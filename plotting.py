@@ -452,6 +452,29 @@ def model_output_expectation(run: Run) -> Figure:
     return finish(run, figure, axes, "Model output", table.index)
 
 
+def scale(run: Run) -> Figure:
+    """SCALE: how far the train gradient agrees with the target gradient, tensor × epoch."""
+    table = analysis_values(run, "SCALE", "train").filter(like="cosine_")
+    order = run.analysis.quantity[run.analysis.analysis == "SCALE"].unique()  # from input to output
+    table = table[order].astype(float)
+    figure = Figure(figsize=(7, 1.6 + 0.17 * table.shape[1]), layout="constrained")
+    ax = figure.subplots()
+    ax.grid(False)
+    ax.set_facecolor("lightgrey")
+    first, last = table.index.min(), table.index.max()
+    picture = ax.imshow(
+        table.T, cmap="RdBu", vmin=-1, vmax=1, aspect="auto", interpolation="nearest",
+        extent=(first - 0.5, last + 0.5, table.shape[1] - 0.5, -0.5),
+    )  # fmt: skip
+    names = [name.removeprefix("cosine_").removeprefix("body.") for name in order]
+    ax.set_yticks(range(len(names)), names, fontsize=6)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("epoch")
+    figure.colorbar(picture, ax=ax).set_label("mean cosine")
+    figure.suptitle(title(run, "Train against target gradient"))
+    return figure
+
+
 def misclassification(run: Run) -> Figure | None:
     """Error rate of every group and its share among all errors of the split; not of many groups."""
     if run.many:
@@ -603,14 +626,21 @@ ANALYSIS_FIGURES = (
     jacobian_norm,
     model_output_expectation,
 )
+METHOD_FIGURES = {"SCALE": scale}  # by what they are called in the table
 HISTORY_FIGURES = (training_history, group_curves, group_accuracies, gaps, misclassification)
-FIGURES = {make.__name__: make for make in (*HISTORY_FIGURES, *ANALYSIS_FIGURES, dfr, samples)}
+FIGURES = {
+    make.__name__: make
+    for make in (*HISTORY_FIGURES, *ANALYSIS_FIGURES, *METHOD_FIGURES.values(), dfr, samples)
+}
 
 
 def has_rows(run: Run, make) -> bool:
     """Whether the table of a figure has rows; `dfr` and `samples` look for their own files."""
     if make in HISTORY_FIGURES:
         return len(run.history) > 0 and len(history_splits(run)) > 0
+    for method, figure in METHOD_FIGURES.items():
+        if make is figure:
+            return len(analysis_splits(run, method)) > 0
     return make not in ANALYSIS_FIGURES or len(analysis_splits(run, make.__name__)) > 0
 
 

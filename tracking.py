@@ -236,9 +236,10 @@ class Run:
             self.summary |= {f"{prefix}{split}_{name}": value for name, value in summary.items()}
         test = summaries["test"]
         log.info(
-            "Test accuracy%s: worst group %.3f, average %.3f, adjusted %.3f",
+            "Test accuracy%s: worst group %.3f, minority %.3f, average %.3f, adjusted %.3f",
             {"": "", "dfr_": " after DFR", "best_": f" at the best val epoch, {epoch}"}[prefix],
             test["worst_acc"],
+            test["minority_acc"],
             test["avg_acc"],
             test["adjusted_acc"],
         )
@@ -472,6 +473,14 @@ def _rename_to_unique(folder: Path, wanted: Path) -> Path:
             if not target.exists():
                 raise
     raise UserError(f"results_dir: too many folders named {wanted}")
+
+
+def new_folder(parent: Path) -> Path:
+    """A new folder in `parent` with the time as its name, never an existing one."""
+    parent.mkdir(exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
+    fresh.chmod(0o755)
+    return _rename_to_unique(fresh, parent / _now())
 
 
 def config_yaml(config: Config) -> str:

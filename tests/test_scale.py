@@ -10,6 +10,7 @@ from conftest import make_split, make_splits
 import methods
 import metrics
 import model
+import plotting
 import trainer
 from config import validate
 from errors import DataError
@@ -247,3 +248,22 @@ def test_mean_cosines_are_rows_of_the_analysis_table(fake_run, settings):
         f"cosine_body.{layer}.{kind}" for layer in (0, 3, 7) for kind in ("weight", "bias")
     }
     assert all(-1 <= row["value"] <= 1 for row in rows)
+
+
+def test_the_figure_shows_every_tensor_in_the_order_of_the_network(tmp_path):
+    names = [f"cosine_body.{layer}.weight" for layer in (10, 2, 1)]
+    rows = ["epoch,split,analysis,pair,quantity,value"]
+    rows += [
+        f"{epoch},train,SCALE,,{name},{0.1 * epoch - 0.2 * i}"
+        for epoch in (1, 2, 3) for i, name in enumerate(names)
+    ]  # fmt: skip
+    (tmp_path / "analysis.csv").write_text("\n".join(rows) + "\n")
+    run = plotting.read_run(tmp_path)
+    ax = plotting.scale(run).axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "10.weight", "2.weight", "1.weight"
+    ]  # fmt: skip
+    shown = ax.images[0].get_array()
+    expected = [[0.1 * epoch - 0.2 * i for epoch in (1, 2, 3)] for i in range(3)]
+    assert shown.tolist() == [pytest.approx(row) for row in expected]
+    assert [path.name for path in plotting.draw(tmp_path)] == ["scale.png"]
