@@ -483,6 +483,11 @@ def _check_batch_norm(c):
             f"group_batches: given full, but {c['model_name']} has batch norm, which needs the "
             "groups mixed; allowed: mini, null"
         )
+    if c["model_name"] in BATCH_NORM and c["train_batch_size"] is None:
+        yield (
+            f"train_batch_size: given null, which is the full batch at once for the batch norm of "
+            f"{c['model_name']}; allowed: a whole number"
+        )
 
 
 def _check_best(c):
@@ -579,7 +584,7 @@ CHECKS = [
         ("debias_method", "dataset_name", "val_target_size", "optimizer", "train_batch_size"),
         _check_method,
     ),
-    (("model_name", "group_batches"), _check_batch_norm),
+    (("model_name", "group_batches", "train_batch_size"), _check_batch_norm),
     (
         ("use_dfr", "dfr_network", "dataset_name", "val_target_size", "num_val_samples"),
         _check_best,
@@ -977,6 +982,15 @@ def load_config(path, overrides=()) -> Config:
     """
     document = strict_yaml.read(path)
     return validate(document, _apply_overrides(document, overrides))
+
+
+def channels_standardised(config: Config) -> bool:
+    """Whether inputs come standardised by channel, so that no network has to do it again."""
+    return (
+        config.dataset_name == "Dominoes"
+        and config.image_size == 32
+        and not config.normalize_inputs
+    )
 
 
 def derive_seed(seed: int, *purpose) -> int:

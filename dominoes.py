@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import groups
 from composites import Composites
-from config import Config, derive_seed
+from config import Config, channels_standardised, derive_seed
 from drawing import SAMPLES_PER_GROUP, Pool, draw_to_moments, hold_out, labels, shown
 from errors import DataError
 from sources import cifar10, mnist
@@ -86,7 +86,7 @@ def _scaling(config: Config) -> str | None:
     if config.normalize_inputs:
         return "norm"
     # Networks that take 224 pixels expect values from 0 to 1, as of other pictures.
-    return "channels" if config.image_size == cifar10.SIDE else None
+    return "channels" if channels_standardised(config) else None
 
 
 def _pool(part: str, found: np.ndarray, classes, config: Config) -> Pool:

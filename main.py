@@ -36,10 +36,10 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
     import tracking
 
     with distributed.process_group(device):
-        splits, facts = None, {}
+        splits, network, facts = None, None, {}
         loading = time.perf_counter()
         if resume is None or resume.phase != "plots":
-            splits, facts = distributed.together(lambda: _load(config, device))
+            splits, network, facts = distributed.together(lambda: _load(config, device))
         loading = time.perf_counter() - loading
 
         def opened():
@@ -59,7 +59,7 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
             if splits:
                 results.time("loading", loading)
                 results.save_data(splits.count_rows(), splits.samples)
-                diverged = _learn(config, splits.to(device), device, results)
+                diverged = _learn(config, splits.to(device), network.to(device), results)
             if results.leads:
                 import plotting
 
@@ -74,9 +74,10 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
 
 
 def _load(config: Config, device: str):
-    """(splits, where they and their features come from)."""
+    """(splits, the network for them, where they and their features come from)."""
     import data_loader
     import dfr
+    import model
 
     extractor = None
     if config.use_feature_extractor:
@@ -88,16 +89,15 @@ def _load(config: Config, device: str):
         splits = extractor.extract(splits)
     if config.use_dfr:
         dfr.check(splits)
-    return splits, {"data": splits.facts, "features": extractor and extractor.facts}
+    network = model.build_for(config, splits)  # here, because it may miss its weights
+    return splits, network, {"data": splits.facts, "features": extractor and extractor.facts}
 
 
-def _learn(config: Config, splits, device: str, results):
+def _learn(config: Config, splits, network, results):
     """Train, then retrain; returns the `Diverged` that ended it, or None."""
     import dfr
-    import model
     import trainer
 
-    network = model.build_for(config, splits).to(device)
     try:
         summaries, best = trainer.train(network, splits, config, results)
     except trainer.Diverged as error:

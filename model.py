@@ -28,7 +28,7 @@ from torch import nn
 
 import distributed
 import memory
-from config import BATCH_NORM, Config, derive_seed
+from config import BATCH_NORM, Config, channels_standardised, derive_seed
 from errors import ConfigError
 
 ACTIVATIONS = {
@@ -232,9 +232,10 @@ def resnet(config: Config, input_shape) -> tuple[nn.Module, int]:
     """
     import backbones  # with torchvision, slow to import
 
-    prepare = Standardised(
-        input_shape, config.normalize_inputs, backbones.IMAGENET_MEAN, backbones.IMAGENET_STD
-    )
+    mean, std = backbones.IMAGENET_MEAN, backbones.IMAGENET_STD
+    if channels_standardised(config):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    prepare = Standardised(input_shape, config.normalize_inputs, mean, std)
     return nn.Sequential(prepare, backbones.resnet(config)), RESNET_FEATURES[config.model_name]
 
 

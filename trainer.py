@@ -75,6 +75,11 @@ def learning_rate_factor(config: Config, epoch: int) -> float:
     return (1 + math.cos(math.pi * (epoch - 1) / config.epochs)) / 2
 
 
+def has_batch_norm(model) -> bool:
+    """Whether training mode looks at the statistics of a batch."""
+    return any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
 def minibatch_epoch(
     model, optimizer, split: Split, loss, batch_size: int, seed: int, method=None, first=0,
     after_step=None,
@@ -87,7 +92,10 @@ def minibatch_epoch(
     model.train()
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(split), generator=generator).to(split.y.device)
-    parts = (batch[distributed.rank() :: distributed.world()] for batch in order.split(batch_size))
+    whole = list(order.split(batch_size))
+    if len(whole) > 1 and len(whole[-1]) == 1 and has_batch_norm(model):
+        whole[-2:] = [torch.cat(whole[-2:])]  # a single sample has no variance
+    parts = (batch[distributed.rank() :: distributed.world()] for batch in whole)
     group = split.group
     for i, index, x in metrics.batches(split, list(enumerate(parts, 1))[first:]):
         with whole_step():

@@ -181,3 +181,21 @@ def test_schedule(fake_run, settings, monkeypatch):
     assert [rate for (rate,) in rates[::3]] == pytest.approx(expected)
     assert rates[0] == {0.2}
     assert trainer.learning_rate_factor(settings(), 7) == 1
+
+
+def test_a_single_sample_left_over_joins_the_last_batch_where_there_is_batch_norm():
+    sizes = []
+
+    class Spy(torch.nn.Sequential):
+        def forward(self, x):
+            sizes.append(len(x))
+            return super().forward(x).squeeze(1)
+
+    splits = make_splits()  # 30 training samples
+    for layers, expected in ((1, [29, 1]), (2, [30])):
+        net = Spy(torch.nn.Linear(7, 1), torch.nn.BatchNorm1d(1))[:layers].double()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        loss = metrics.LOSSES["logistic"]
+        sizes.clear()
+        trainer.minibatch_epoch(net, optimizer, splits.train, loss, 29, 0)
+        assert sizes == expected
