@@ -114,7 +114,7 @@ def _unavailable(data_dir: Path, original, error: Exception) -> DataError:
 def _from_folder(folder: Path, classes, workers: int | None) -> tuple[Images, Images, str]:
     """Pictures of each class in the order of their names."""
     names, labels = {}, {}
-    missing = []
+    missing, other = [], []
     for part, expected in PER_CLASS.items():
         names[part], labels[part] = [], []
         for name in classes:
@@ -123,10 +123,13 @@ def _from_folder(folder: Path, classes, workers: int | None) -> tuple[Images, Im
             if not found:
                 missing.append(f"{inside}: no pictures ({', '.join(SUFFIXES)}) of CIFAR-10")
             elif len(found) != expected:
-                log.warning("%s has %d pictures instead of %d", inside, len(found), expected)
+                other.append(f"{inside} has {len(found)} pictures instead of {expected}")
             names[part] += [f"{part}/{name}/{file}" for file in found]
             labels[part] += [CLASSES.index(name)] * len(found)
     raise_problems(missing)
+    if other:
+        more = f" (and {len(other) - 1} more folders)" if len(other) > 1 else ""
+        log.warning("%s%s", other[0], more)
     together = [*names["train"], *names["test"]]
     log.info("Decoding %d pictures in %s", len(together), folder)
     images = _decoded(folder, together, workers)
