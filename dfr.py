@@ -323,11 +323,11 @@ def retrain_run(folder: Path, overrides) -> Path:
     returns that. Raises `ConfigError` for overrides that are not of DFR, `DataError` when the data
     are not the run's: test or training data must never be what DFR retrains on.
     """
+    import checkpoints
     import config as configuration
     import data_loader
     import model
     import tracking
-    import trainer
 
     used = folder / "config_used.yaml"
     if not used.is_file():
@@ -349,7 +349,7 @@ def retrain_run(folder: Path, overrides) -> Path:
         splits = feature_extractor.Extractor(config, device).extract(splits)
     check(splits)
     network = model.build_for(config, splits)
-    trainer.load_network(network, folder, config.dfr_network, splits.fingerprint())
+    checkpoints.load_network(network, folder, config.dfr_network, splits.fingerprint())
     head, results = retrain(network.to(device), splits.to(device), config)
     place = tracking.new_folder(folder / "dfr")
     files.write_text(place / "config_used.yaml", tracking.config_yaml(config))

@@ -95,6 +95,7 @@ def _load(config: Config, device: str):
 
 def _learn(config: Config, splits, network, results):
     """Train, then retrain; returns the `Diverged` that ended it, or None."""
+    import checkpoints
     import dfr
     import trainer
 
@@ -108,7 +109,7 @@ def _learn(config: Config, splits, network, results):
     results.enter("DFR")
     if config.use_dfr and results.leads:
         if config.dfr_network == "best":
-            trainer.load_network(network, results.folder, "best", splits.fingerprint())
+            checkpoints.load_network(network, results.folder, "best", splits.fingerprint())
         with results.timed("DFR"):
             head, retrained = dfr.retrain(network, splits, config)
             dfr.save(results.folder, head, retrained, splits.group_names)

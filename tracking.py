@@ -103,9 +103,13 @@ class Run:
         if error is not None:
             self._log_end(kind, error, traceback)
             self._say_how_it_ended(error)
+        self._each_tracker("finish", self.summary, self.state != "done")
+        self.close()
+
+    def close(self) -> None:
+        """Close the files and give the run back to other processes."""
         for table in self.tables.values():
             table.file.close()
-        self._each_tracker("finish", self.summary, self.state != "done")
         logging.getLogger("spurious").removeHandler(self._handler)
         self._handler.close()
         if self._lock:
@@ -416,20 +420,24 @@ def resume(resumption: Resumption, device: str, command: list[str]) -> Run:
     """The run, open to go on. Raises `UserError` if another process has it or has changed it."""
     folder, config, phase, seen = resumption
     run = Run(folder, config)
-    if _state(folder) != seen:
-        raise UserError(f"{folder}: another process has just gone on with this run")
-    for place in (folder, folder / "checkpoints", folder / "plots"):
-        files.remove_temporaries(place)
-    timings = folder / "timings.csv"
-    if timings.exists():
-        files.cut_torn_line(timings)
-    # Before anything changes: from here on the run is not done, whatever happens.
-    run.summary = {} if phase == PHASES[0] else run.summary
-    run.enter(phase)
-    if phase == PHASES[0]:
-        run.forget_results()
-    files.write_text(folder / CONFIG, config_yaml(config))
-    _tell_environment(folder, environment(config, device, command))
+    try:
+        if _state(folder) != seen:
+            raise UserError(f"{folder}: another process has just gone on with this run")
+        for place in (folder, folder / "checkpoints", folder / "plots"):
+            files.remove_temporaries(place)
+        timings = folder / "timings.csv"
+        if timings.exists():
+            files.cut_torn_line(timings)
+        # Before anything changes: from here on the run is not done, whatever happens.
+        run.summary = {} if phase == PHASES[0] else run.summary
+        run.enter(phase)
+        if phase == PHASES[0]:
+            run.forget_results()
+        files.write_text(folder / CONFIG, config_yaml(config))
+        _tell_environment(folder, environment(config, device, command))
+    except BaseException:
+        run.close()
+        raise
     return run
 
 

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import analysis
+import checkpoints
 import distributed
 import files
 import methods
@@ -27,18 +28,12 @@ import metrics
 from analysis import Analyses
 from command import Stopped, whole_step
 from config import BATCH_NORM, Config, derive_seed
-from errors import DataError, UserError
+from errors import UserError
 from model import parameter_groups
 from splits import Split, Splits
 
 log = logging.getLogger(f"spurious.{__name__}")
 
-KEPT_CHECKPOINTS = 2
-STATE = {
-    "epoch", "step", "model", "optimizer", "method", "summaries", "best", "table_sizes",
-    "gram_epochs", "data"
-}  # fmt: skip
-BEST = {"epoch", "score", "summaries", "model", "data"}
 PLAIN_LINES = 100  # at most about so many progress lines where there is no terminal
 
 
@@ -153,6 +148,7 @@ class _Training:
             and config.jacobian_num_samples is None
             and config.gradient_gram_num_samples is None
         )
+        self.checkpoints = run.folder / "checkpoints"
         self.leads = distributed.rank() == 0  # the one rank that writes
         self.best: dict = {}  # epoch, score and summaries of the best epoch on validation data
         self.epoch = -1  # the last one that is recorded
@@ -296,10 +292,8 @@ class _Training:
         if score > self.best.get("score", -math.inf):
             best = {"epoch": epoch, "score": score, "summaries": summaries}
             if self.leads:
-                folder = self.run.folder / "checkpoints"
-                folder.mkdir(exist_ok=True)
                 state = best | {"model": self.model.state_dict(), "data": self.data}
-                files.save(folder / "best.pt", partial(torch.save, state))
+                checkpoints.write_best(self.checkpoints, state)
             self.best = best
 
     def checkpoint_is_due(self) -> bool:
@@ -311,8 +305,6 @@ class _Training:
         """Write the state after the last whole step, unless nothing is recorded yet."""
         if self.epoch < 0 or not self.leads:
             return
-        folder = self.run.folder / "checkpoints"
-        folder.mkdir(exist_ok=True)
         self.save_grams()
         self.run.sync()
         state = {
@@ -327,20 +319,17 @@ class _Training:
             "gram_epochs": list(self.grams),
             "data": self.data,
         }
-        # Names sort by age: a step is written while its epoch is not yet over.
-        name = f"epoch_{self.epoch:07d}_step_{self.step:09d}.pt"
-        files.save(folder / name, partial(torch.save, state))
-        for old in sorted(folder.glob("epoch_*.pt"))[:-KEPT_CHECKPOINTS]:
-            old.unlink()
+        checkpoints.write(self.checkpoints, state)
 
     def restore(self) -> None:
         """Go on from the last checkpoint, or from the beginning if there is none."""
-        state = read_checkpoint(self.run.folder / "checkpoints", self.run)
+        state = checkpoints.latest(self.checkpoints, self.run)
+        if state:
+            checkpoints.check_data(state, self.data, self.run.folder)
         distributed.barrier()  # all have read before the first rank writes
         self.run.rewind(state["table_sizes"] if state else {})
         if state is None:
             return
-        check_data(state, self.data, self.run.folder)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.method.load_state(state["method"])
@@ -380,16 +369,9 @@ class _Training:
                 found = dict(zip(kept["epochs"].tolist(), zip(K, K_jacobian)))
             self.grams = {epoch: found[epoch] for epoch in epochs}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise _Useless(
-                f"{path}: missing or damaged ({error}); to start over, remove "
-                f"{self.run.folder / 'checkpoints'}"
+            raise checkpoints.Useless(
+                f"{path}: missing or damaged ({error}); to start over, remove {self.checkpoints}"
             ) from None
-
-
-class _Useless(UserError):
-    """Resuming again would only say the same again."""
-
-    final = True
 
 
 def takes_full_batch(config: Config, method) -> bool:
@@ -410,63 +392,6 @@ def selection_metric(splits: Splits) -> str:
     The worst of a hundred groups with a handful of samples each says nothing.
     """
     return "worst_acc" if len(splits.cells) <= 4 else "minority_acc"
-
-
-def check_data(state: dict, fingerprint: str, folder) -> None:
-    """Raises `DataError` if a checkpoint is of other splits than these."""
-    if state["data"] != fingerprint:
-        raise DataError(
-            f"{folder}: the data are not those of this run any more (data_dir, or files in it, "
-            "have changed), so that what was training data could now be test data"
-        )
-
-
-def read_checkpoint(folder, run) -> dict | None:
-    """The newest checkpoint that can be read and whose tables are there; None if there is none.
-
-    Raises `UserError` when there are checkpoints, but none of use.
-    """
-    paths = sorted(folder.glob("epoch_*.pt"), reverse=True)
-    for path in paths:
-        try:
-            state = _load(path, STATE)
-        except Exception as error:  # there is no end to what damaged bytes raise in torch
-            log.warning("%s: not readable (%s)", path, str(error).partition("\n")[0])
-            continue
-        if run.holds(state["table_sizes"]):
-            return state
-        log.warning("%s: not used, the tables are shorter than they were then", path)
-    if paths:
-        raise _Useless(f"{folder}: no checkpoint of use; to start over, remove this folder")
-    return None
-
-
-def _load(path, keys: set[str]) -> dict:
-    with zipfile.ZipFile(path) as archive:  # torch's older formats are pickles as a whole
-        damaged = archive.testzip()  # torch does not look at the checksums
-    if damaged:
-        raise ValueError(f"{damaged} is damaged")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or set(state) != keys:
-        raise ValueError(f"has not what a checkpoint has: {', '.join(sorted(keys))}")
-    return state
-
-
-def load_network(model, folder, which: str, fingerprint: str) -> None:
-    """Give the network the weights of a run's "last" checkpoint or of its "best" epoch.
-
-    fingerprint: of the splits, see `check_data`. Raises `UserError` when there is none of use.
-    """
-    places = folder / "checkpoints"
-    paths = [places / "best.pt"] if which == "best" else sorted(places.glob("epoch_*.pt"))[-1:]
-    if not all(path.exists() for path in paths) or not paths:
-        raise UserError(f"{places}: no {which} checkpoint")
-    try:
-        state = _load(paths[0], BEST if which == "best" else STATE)
-    except Exception as error:  # there is no end to what damaged bytes raise in torch
-        raise UserError(f"{paths[0]}: not readable, {error}") from None
-    check_data(state, fingerprint, folder)
-    model.load_state_dict(state["model"])
 
 
 class _Progress:

@@ -9,6 +9,7 @@ import torch
 from conftest import make_splits
 
 import analysis
+import checkpoints
 import metrics
 import model
 import trainer
@@ -162,7 +163,7 @@ def test_checkpoints_are_the_last_two_and_load_safely(fake_run, settings):
     assert found == ["epoch_0000006_step_000000000.pt", "epoch_0000007_step_000000000.pt"]
     state = torch.load(fake_run.folder / "checkpoints" / found[1], weights_only=True)
     assert (state["epoch"], state["step"]) == (7, 0)
-    assert set(state) == trainer.STATE
+    assert set(state) == checkpoints.STATE
     assert len(state["method"]["log_q"]) == 4
     weights = torch.load(fake_run.folder / "model.pt", weights_only=True)
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in weights.items())

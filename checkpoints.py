@@ -1,0 +1,103 @@
+"""Checkpoints of a run: writing, keeping the last ones, reading them with distrust.
+
+Files in `<run>/checkpoints/`: `epoch_<e>_step_<s>.pt`, the state s steps after epoch e was
+recorded, and `best.pt`, the network of the best validation epoch. Nothing in them is unpickled but
+tensors and plain data.
+"""
+
+import logging
+import zipfile
+from functools import partial
+
+import torch
+
+import files
+from errors import DataError, UserError
+
+log = logging.getLogger(f"spurious.{__name__}")
+
+KEPT = 2
+STATE = {
+    "epoch", "step", "model", "optimizer", "method", "summaries", "best", "table_sizes",
+    "gram_epochs", "data"
+}  # fmt: skip
+BEST = {"epoch", "score", "summaries", "model", "data"}
+
+
+class Useless(UserError):
+    """Resuming again would only say the same again."""
+
+    final = True
+
+
+def write(folder, state: dict) -> None:
+    """Write the state of training and remove all but the last ones."""
+    folder.mkdir(exist_ok=True)
+    # Names sort by age: a step is written while its epoch is not yet over.
+    name = f"epoch_{state['epoch']:07d}_step_{state['step']:09d}.pt"
+    files.save(folder / name, partial(torch.save, state))
+    for old in sorted(folder.glob("epoch_*.pt"))[:-KEPT]:
+        old.unlink()
+
+
+def write_best(folder, state: dict) -> None:
+    """Write the network of the best epoch."""
+    folder.mkdir(exist_ok=True)
+    files.save(folder / "best.pt", partial(torch.save, state))
+
+
+def check_data(state: dict, fingerprint: str, folder) -> None:
+    """Raises `DataError` if a checkpoint is of other splits than these."""
+    if state["data"] != fingerprint:
+        raise DataError(
+            f"{folder}: the data are not those of this run any more (data_dir, or files in it, "
+            "have changed), so that what was training data could now be test data"
+        )
+
+
+def latest(folder, run) -> dict | None:
+    """The newest checkpoint that can be read and whose tables are there; None if there is none.
+
+    Raises `UserError` when there are checkpoints, but none of use.
+    """
+    paths = sorted(folder.glob("epoch_*.pt"), reverse=True)
+    for path in paths:
+        try:
+            state = _load(path, STATE)
+        except Exception as error:  # there is no end to what damaged bytes raise in torch
+            log.warning("%s: not readable (%s)", path, str(error).partition("\n")[0])
+            continue
+        if run.holds(state["table_sizes"]):
+            return state
+        log.warning("%s: not used, the tables are shorter than they were then", path)
+    if paths:
+        raise Useless(f"{folder}: no checkpoint of use; to start over, remove this folder")
+    return None
+
+
+def _load(path, keys: set[str]) -> dict:
+    with zipfile.ZipFile(path) as archive:  # torch's older formats are pickles as a whole
+        damaged = archive.testzip()  # torch does not look at the checksums
+    if damaged:
+        raise ValueError(f"{damaged} is damaged")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or set(state) != keys:
+        raise ValueError(f"has not what a checkpoint has: {', '.join(sorted(keys))}")
+    return state
+
+
+def load_network(model, folder, which: str, fingerprint: str) -> None:
+    """Give the network the weights of a run's "last" checkpoint or of its "best" epoch.
+
+    fingerprint: of the splits, see `check_data`. Raises `UserError` when there is none of use.
+    """
+    places = folder / "checkpoints"
+    paths = [places / "best.pt"] if which == "best" else sorted(places.glob("epoch_*.pt"))[-1:]
+    if not all(path.exists() for path in paths) or not paths:
+        raise UserError(f"{places}: no {which} checkpoint")
+    try:
+        state = _load(paths[0], BEST if which == "best" else STATE)
+    except Exception as error:  # there is no end to what damaged bytes raise in torch
+        raise UserError(f"{paths[0]}: not readable, {error}") from None
+    check_data(state, fingerprint, folder)
+    model.load_state_dict(state["model"])
