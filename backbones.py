@@ -9,12 +9,14 @@ import difflib
 import hashlib
 import inspect
 import logging
+import os
 import pickle
 import re
 import threading
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from torch.fx.experimental import optimization
 import files
 from config import RESNETS, VIT_BLOCKS, Config, derive_seed
 from errors import ConfigError, DataError
+from sources import zip_files
 
 log = logging.getLogger(f"spurious.{__name__}")
 
@@ -223,10 +226,11 @@ def find_weights(config: Config, spec: Spec) -> Path | None:
 
 
 def _given_file(given: str, key: str) -> Path:
-    path = Path(given).expanduser()
-    if not path.is_file():
+    # Unlike Path's methods, without errors for users and names that there cannot be.
+    path = os.path.expanduser(given)
+    if not os.path.isfile(path):
         raise DataError(f"{key}: there is no file {path}")
-    return path
+    return Path(path)
 
 
 def checkpoints() -> Path:
@@ -404,16 +408,18 @@ def build(config: Config, spec: Spec, weights: Path | None, device: str) -> Back
 def _unsuitable(weights: Path | None, name: str, key: str):
     """What goes wrong inside, while weights are loaded, becomes a `DataError`."""
     try:
+        if weights is not None:
+            _refuse_packed(weights)
         yield
     except (
         RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError, OSError,
-        pickle.UnpicklingError, safetensors.SafetensorError,
+        MemoryError, pickle.UnpicklingError, safetensors.SafetensorError, zipfile.BadZipFile,
     ) as error:  # fmt: skip
         if weights is None:
             raise
         reason = _first_line(error)
-        if isinstance(error, pickle.UnpicklingError):
-            # torch's own text is a page long and advises to switch the safety off.
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error):
+            # torch's and timm's own texts are long and advise to switch the safety off.
             reason = "not a file of weights only; save model.state_dict(), or as .safetensors"
         raise DataError(
             f"{key}: {weights} does not hold the weights of {name} ({reason})"
@@ -442,6 +448,20 @@ def _first_line(error: BaseException) -> str:
     # torch's first line only says that something is wrong with a class, the next one what.
     text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines or [repr(error)])[0]
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _refuse_packed(path: Path) -> None:
+    """Raises `zipfile.BadZipFile` for a zip file that holds more than its own size.
+
+    torch.save stores without packing, and torch.load allocates what a member is said to hold.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return
+    unpacked = sum(member.file_size for member in zip_files.members(path))
+    size = path.stat().st_size
+    if unpacked > size:
+        raise zipfile.BadZipFile(f"{unpacked} bytes packed into {size}; torch.save packs nothing")
 
 
 def _torchvision_model(architecture: str, weights: Path | None) -> nn.Module:

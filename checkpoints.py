@@ -77,6 +77,8 @@ def latest(folder, run) -> dict | None:
 
 def _load(path, keys: set[str]) -> dict:
     with zipfile.ZipFile(path) as archive:  # torch's older formats are pickles as a whole
+        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+            raise ValueError("packed, which torch.save does not")
         damaged = archive.testzip()  # torch does not look at the checksums
     if damaged:
         raise ValueError(f"{damaged} is damaged")

@@ -1,11 +1,15 @@
 """The errors that are for people: told in one line a problem, without a traceback."""
 
+LONGEST = 5000  # characters of a line; a path has up to 4096
+
 
 def printable(text: str) -> str:
-    """The text with escapes for what a terminal would not show, or would obey.
+    """The text as one line, with escapes for what a terminal would not show, or would obey.
 
     What is told often comes from files and names that others made.
     """
+    if len(text) > LONGEST:
+        text = text[: LONGEST - 3] + "..."
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 

@@ -66,19 +66,22 @@ def _bytes(features: torch.Tensor) -> memoryview:
     return memoryview(features.numpy()).cast("B")
 
 
-def read(path: Path, key: str | None = None, verify: bool = True) -> torch.Tensor:
+def read(
+    path: Path, key: str | None = None, rows: int | None = None, verify: bool = True
+) -> torch.Tensor:
     """Features (N, d) mapped from a cache file. Raises `Damaged`, `FileNotFoundError`.
 
-    key: what the file must have been made from; verify: compare the checksum.
+    key: what the file must have been made from; rows: N; verify: compare the checksum.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata, features = file.metadata() or {}, file.get_tensor("features")
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, RuntimeError, MemoryError) as error:  # for want of memory
         raise Damaged(str(error)) from None
     if key is not None and metadata.get("key") != key:
         raise Damaged("made from something else")
-    if features.dtype != torch.float32 or features.dim() != 2:
+    wanted = features.dim() == 2 and features.numel() and rows in (None, len(features))
+    if features.dtype != torch.float32 or not wanted:
         raise Damaged(f"{features.dtype} of shape {tuple(features.shape)}")
     if verify and hashlib.sha256(_bytes(features)).hexdigest() != metadata.get("sha256"):
         raise Damaged("the checksum differs")

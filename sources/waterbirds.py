@@ -9,6 +9,7 @@ import csv
 import functools
 import hashlib
 import io
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ PAGE = "https://www.kaggle.com/datasets/bahardibaie/waterbird"
 HOME = "waterbirds_v1.0"
 KAGGLE_FOLDER, ORIGINAL_FOLDER = "waterbird", "waterbird_complete95_forest2water2"
 METADATA = "metadata.csv"
+MAX_ROWS, MAX_METADATA = 100_000, 16 * 2**20  # bytes; the real one has 11,788 rows in 1.3 MB
 MAX_BYTES = 8 * 2**30  # of the whole archive, unpacked; the real one has below 1 GiB
 TRAIN, VAL, TEST = 0, 1, 2
 VALUES = {"y": (0, 1), "split": (TRAIN, VAL, TEST), "place": (0, 1)}
@@ -104,6 +106,13 @@ def load(data_dir) -> WaterBirds:
     metadata.csv are not usable.
     """
     data_dir = Path(data_dir)
+    try:
+        return _find(data_dir)
+    except OSError as error:
+        raise DataError(f"data_dir: {data_dir} cannot be read, {error.strerror}") from None
+
+
+def _find(data_dir: Path) -> WaterBirds:
     home = data_dir / HOME
     archive = home / "archive.zip"
     if archive.is_file():
@@ -134,15 +143,20 @@ def _parse(data: bytes, path: str) -> tuple[list[str], list[dict]]:
 
     Raises `DataError` that names file, row and value.
     """
+    if len(data) > MAX_METADATA:
+        raise DataError(f"{path}: {len(data)} bytes; allowed: up to {MAX_METADATA}")
     try:
         reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
         header = [column.strip() for column in next(reader, [])]
-        table = [(reader.line_num, row) for row in reader if row]
+        table = [(reader.line_num, row) for row in itertools.islice(reader, MAX_ROWS + 1)]
     except UnicodeDecodeError:
         raise DataError(f"{path}: not a text file in UTF-8") from None
     except csv.Error as error:
         raise DataError(f"{path}: not readable as CSV ({error})") from None
     raise_problems([f"{path}: no column {column}" for column in COLUMNS if column not in header])
+    if len(table) > MAX_ROWS:
+        raise DataError(f"{path}: more than {MAX_ROWS} rows")
+    table = [(number, row) for number, row in table if row]
     raise_problems([] if table else [f"{path}: no rows"])
 
     problems, names, values, first = [], [], [], {}

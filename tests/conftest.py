@@ -1,7 +1,12 @@
 """Helpers that several test files share."""
 
 import dataclasses
+import resource
+import signal
+import sys
 import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -23,6 +28,28 @@ set_hypothesis_home_dir(hypothesis_home.name)
 def data_dir(tmp_path_factory):
     """One data folder for the session, so that the embedded digits are parsed once."""
     return tmp_path_factory.mktemp("data")
+
+
+@contextmanager
+def limited(seconds=2, memory=500 * 2**20):
+    """Fails what takes more processor time, or more bytes in addition to the present ones."""
+
+    def too_slow(*_):
+        raise AssertionError(f"more than {seconds} s")
+
+    before = signal.signal(signal.SIGVTALRM, too_slow)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        allowed = pages * resource.getpagesize() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (allowed, limits[1]))
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 @pytest.fixture

@@ -8,15 +8,12 @@ import json
 import math
 import os
 import re
-import resource
-import signal
-import sys
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
 import hypothesis
 import pytest
+from conftest import limited
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -30,7 +27,6 @@ from errors import ConfigError
 ROOT = Path(__file__).parent.parent
 EXAMPLES = int(os.environ.get("SPURIOUS_FUZZ_EXAMPLES", 100))
 RUNS = max(20, EXAMPLES // 100)
-SECONDS, MEMORY = 2, 500 * 2**20
 FIELDS = {name: field for name, field, _ in configuration.fields()}
 SHIPPED = [path.read_text() for path in (ROOT / "config.yaml", *sorted(ROOT.glob("configs/*")))]
 
@@ -60,28 +56,6 @@ PIECES = [
     "\nwandb.mode: online",
 ]  # fmt: skip
 RAW = [b"\xff\xfe", b"\xef\xbb\xbf", b"\x00", b"\x80", b"\xc3\x28", b"\xed\xa0\x80", b"\xf8\xa1"]
-
-
-@contextmanager
-def limited():
-    """Fails what takes more than `SECONDS` of processor time or `MEMORY` bytes more than now."""
-
-    def too_slow(*_):
-        raise AssertionError(f"more than {SECONDS} s")
-
-    before = signal.signal(signal.SIGVTALRM, too_slow)
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    if sys.platform == "linux":
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        allowed = pages * resource.getpagesize() + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (allowed, limits[1]))
-    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def outcome(path, overrides=()):

@@ -547,11 +547,14 @@ def test_damaged_files_are_made_again(quick, caplog):
     good = path.read_bytes()
     feature_extractor.Extractor(quick(seed=1)).extract(_one(3))
     other = next(p for p in cache_files(config) if p != path).read_bytes()
+    with safetensors.safe_open(path, framework="pt") as file:
+        key = file.metadata()["key"]
     damages = [
         lambda: flip_last_byte(path),
         lambda: path.write_bytes(good[:-5]),
         lambda: path.write_bytes(b""),
         lambda: path.write_bytes(other),
+        lambda: feature_cache.write(path, [torch.ones(2, 64)], {"key": key}),  # of 3 pictures
     ]
     for damage in damages:
         damage()
