@@ -62,13 +62,14 @@ def decode(data: bytes, exact: int | None = None) -> np.ndarray:
             pixels = picture if picture.mode == "RGB" else picture.convert("RGB")
             if not exact:
                 pixels = pixels.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+            pixels = np.asarray(pixels)  # decodes, while the file is open
     except (Damaged, MemoryError):
         raise
     except Exception as error:  # PIL lets errors of many kinds out for damaged files
         unknown = isinstance(error, Image.UnidentifiedImageError)
         reason = f"none of {', '.join(FORMATS)}" if unknown else error
         raise Damaged(f"not a readable picture ({reason})") from None
-    return np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def leaves_folder(name: str) -> bool:

@@ -185,7 +185,7 @@ def test_a_folder_of_pictures(tmp_path, caplog):
     assert train.labels.tolist() == np.repeat(np.arange(10), 3).tolist()
     assert test.labels.tolist() == np.repeat(np.arange(10), 2).tolist()
     assert origin == f"pictures in {tmp_path / 'cifar10'}, 50 of them"
-    assert "truck has 3 pictures instead of 5000" in caplog.text
+    assert "airplane has 3 pictures instead of 5000 (and 19 more folders)" in caplog.text
 
 
 def test_processes_give_what_one_gives(tmp_path, monkeypatch):

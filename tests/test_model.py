@@ -115,7 +115,7 @@ def test_registries_and_literal_tables_agree():
     assert set(choices["loss_function"].__args__) == set(metrics.LOSSES)
     assert set(choices["debias_method"].__args__) == set(METHODS)
     assert set(choices["dataset_name"].__args__) == set(DATASETS) == set(HAS_OFFICIAL_VALIDATION)
-    assert set(FULL_BATCH_METHODS) == {n for n, method in METHODS.items() if method.full_batch}
+    assert set(FULL_BATCH_METHODS) == {n for n, method in METHODS.items() if method.weights_groups}
 
 
 def test_a_device_that_is_not_there_is_a_configuration_error():
@@ -147,7 +147,7 @@ def feature_changes(width, steps=3, **keys):
         optimizer = trainer.build_optimizer(net, config)
         loss = metrics.LOSSES["logistic"]
         for _ in range(steps):
-            trainer.full_batch_step(net, optimizer, split, loss, [0.25] * 4, 1000)
+            trainer.weights_groups_step(net, optimizer, split, loss, [0.25] * 4, 1000)
         changes.append(
             [(now - then).square().mean().sqrt().item() for now, then in zip(outputs(), before)]
         )
