@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 NAMES = ["digit < 5, red", "digit < 5, green", "digit ≥ 5, red", "digit ≥ 5, green"]
 PAIRS = ((1, 0), (2, 3))
-FOUR_GROUPS = [name for name in plotting.FIGURES if name != "group_accuracies"]
+FOUR_GROUPS = [n for n in plotting.FIGURES if n not in ("group_accuracies", "scale")]
 CONFIG = """\
 experiment_name: colored_mnist
 debias_method: GroupDRO
