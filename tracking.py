@@ -31,10 +31,10 @@ from typing import NamedTuple
 
 import filelock
 import numpy as np
-import yaml
 
 import config as configuration
 import files
+import strict_yaml
 from command import Stopped
 from config import Config
 from errors import ConfigError, StorageError, UserError
@@ -493,7 +493,7 @@ def new_folder(parent: Path) -> Path:
 
 def config_yaml(config: Config) -> str:
     """Every key with its value; reads back as the same configuration."""
-    return yaml.safe_dump(config.resolved(), sort_keys=False, allow_unicode=True)
+    return strict_yaml.dump(config.resolved())
 
 
 def environment(config: Config, device: str, command: list[str]) -> dict:
