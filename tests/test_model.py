@@ -147,7 +147,7 @@ def feature_changes(width, steps=3, **keys):
         optimizer = trainer.build_optimizer(net, config)
         loss = metrics.LOSSES["logistic"]
         for _ in range(steps):
-            trainer.weights_groups_step(net, optimizer, split, loss, [0.25] * 4, 1000)
+            trainer.full_batch_step(net, optimizer, split, loss, [0.25] * 4, 1000)
         changes.append(
             [(now - then).square().mean().sqrt().item() for now, then in zip(outputs(), before)]
         )
