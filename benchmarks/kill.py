@@ -99,7 +99,10 @@ def differences(folder: Path, reference: Path) -> list[str]:
         if there != [True, True]:
             found += [name] * (there[0] != there[1])
             continue
-        with np.load(folder / name) as a, np.load(reference / name) as b:
+        with (
+            np.load(folder / name, allow_pickle=False) as a,
+            np.load(reference / name, allow_pickle=False) as b,
+        ):
             equal = a.files == b.files and all(a[k].tobytes() == b[k].tobytes() for k in a.files)
         if not equal:
             found.append(name)

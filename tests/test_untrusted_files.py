@@ -714,7 +714,7 @@ FORBIDDEN = {
     "torch.hub.load", "torch.jit.load", "torch.package.PackageImporter",
 }  # fmt: skip
 UNPACKING = ("archive.extract", "file.extract", "extractall")
-MODULES = {"cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "tarfile"}
+MODULES = {"cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve"}
 NEEDED = {
     "torch.load": "weights_only=True",
     "np.load": "allow_pickle=False",
