@@ -26,7 +26,8 @@ import torch
 
 import groups
 import metrics
-from config import ANALYSES, Config, derive_seed
+from config import Config, derive_seed
+from config_facts import ANALYSES
 from metrics import Loss
 from model import MLP
 from splits import Split, Splits

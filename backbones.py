@@ -29,7 +29,8 @@ from torch import nn
 from torch.fx.experimental import optimization
 
 import files
-from config import RESNETS, VIT_BLOCKS, Config, derive_seed
+from config import Config, derive_seed
+from config_facts import RESNETS, VIT_BLOCKS
 from errors import ConfigError, DataError
 from sources import zip_files
 

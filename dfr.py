@@ -26,9 +26,9 @@ import files
 import logistic
 import metrics
 from config import Config, derive_seed
-from data_loader import Split, Splits
 from errors import ConfigError, DataError
 from model import target_layer
+from splits import Split, Splits
 
 log = logging.getLogger(f"spurious.{__name__}")
 

@@ -28,7 +28,8 @@ from torch import nn
 
 import distributed
 import memory
-from config import BATCH_NORM, Config, channels_standardised, derive_seed
+from config import Config, channels_standardised, derive_seed
+from config_facts import BATCH_NORM
 from errors import ConfigError
 
 ACTIVATIONS = {

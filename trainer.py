@@ -27,7 +27,8 @@ import methods
 import metrics
 from analysis import Analyses
 from command import Stopped, whole_step
-from config import BATCH_NORM, Config, derive_seed
+from config import Config, derive_seed
+from config_facts import BATCH_NORM
 from errors import UserError
 from model import parameter_groups
 from splits import Split, Splits

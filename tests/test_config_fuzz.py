@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import config as configuration
+import config_facts
 import main
 import plotting
 import strict_yaml
@@ -280,7 +281,7 @@ def test_the_longest_configuration_reads_back():
     longest["wandb"] = {"project": "'\"\\\u200d" * 250, "entity": "\u200d" * 1000}
     longest["dfr_c_options"] = [math.nextafter(1e-300, 1)] * 1000
     longest["epochs"] = 1_000_000
-    for name in configuration.ANALYSES:
+    for name in config_facts.ANALYSES:
         longest[f"{name}_analysis_epochs"] = [1_000_000] * 1000
     for section in ("gap_dynamics_factors", "static_dynamic_decomposition"):
         longest[section] = {"group_pairs": [[[-1, -1], [-1, 1]]] * 12}

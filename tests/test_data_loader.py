@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import config as configuration
+import config_facts
 import data_loader
 import groups
 from errors import ConfigError, DataError
@@ -250,4 +250,4 @@ def test_full_mnist_damaged(full_mnist, settings, damage):
 
 
 def test_config_module_needs_no_registry():
-    assert set(configuration.HAS_OFFICIAL_VALIDATION) == set(data_loader.DATASETS)
+    assert set(config_facts.HAS_OFFICIAL_VALIDATION) == set(data_loader.DATASETS)

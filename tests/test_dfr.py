@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 import dfr
 import metrics
 import model
-from config import ANALYSES
+from config_facts import ANALYSES
 from errors import DataError
 from splits import Splits
 

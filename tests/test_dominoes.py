@@ -9,11 +9,12 @@ import torch
 from test_cifar10 import write_folder
 
 import config as configuration
+import config_facts
 import data_loader
-import dominoes
 import feature_extractor
 import groups
 import main
+from data_sets import dominoes
 from errors import ConfigError, DataError
 from sources import cifar10, mnist
 
@@ -64,7 +65,7 @@ def load(settings, sources, monkeypatch):
     return make
 
 
-NO_ANALYSES = {f"analyze_{name}": False for name in configuration.ANALYSES}
+NO_ANALYSES = {f"analyze_{name}": False for name in config_facts.ANALYSES}
 TEN = {"dominoes_classes": "ten", "loss_function": "cross_entropy", **NO_ANALYSES}
 
 
@@ -345,15 +346,15 @@ def test_combinations_that_are_refused(keys, expected):
 
 def test_the_configuration_knows_how_many_pictures_there_are():
     per_class = cifar10.PER_CLASS["train"]
-    assert {"binary": 2 * per_class, "ten": 10 * per_class} == configuration.DOMINOES_PICTURES
-    assert configuration.DOMINOES_PARTS == {"binary": 2 * 4, "ten": 2 * 10}
+    assert {"binary": 2 * per_class, "ten": 10 * per_class} == config_facts.DOMINOES_PICTURES
+    assert config_facts.DOMINOES_PARTS == {"binary": 2 * 4, "ten": 2 * 10}
 
 
 def test_all_analyses_to_switch_off_are_in_one_line():
     with pytest.raises(ConfigError) as error:
         configuration.validate({"loss_function": "cross_entropy"})
     assert len(error.value.problems) == 1
-    assert all(f"analyze_{name}" in str(error.value) for name in configuration.ANALYSES)
+    assert all(f"analyze_{name}" in str(error.value) for name in config_facts.ANALYSES)
 
 
 def test_keys_without_effect():

@@ -11,6 +11,7 @@ from PIL import Image
 from test_cifar10 import write_folder
 from test_resume import assert_equal, at_call, sent
 
+import config_facts
 import dfr
 import main
 import plotting
@@ -24,7 +25,7 @@ TEN = {
     "learning_rate": 0.02, "momentum": 0.9, "weight_decay": 1e-3, "checkpoint_every": 1,
     "dfr_val_split_strategy": "target", "dfr_c_options": "[1.0, 0.1]", "dfr_num_workers": 1,
     "scheduler": "cosine", "wandb.enable": "false", "show_and_save_samples": "false",
-    **{f"analyze_{name}": "false" for name in main.configuration.ANALYSES},
+    **{f"analyze_{name}": "false" for name in config_facts.ANALYSES},
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ import torchvision
 
 import backbones
 import config as configuration
+import config_facts
 import data_loader
 import feature_cache
 import feature_extractor
@@ -233,7 +234,7 @@ def test_names_are_the_right_architectures():
         with torch.device("meta"):
             model = timm.create_model(architecture, img_size=224)
         assert model.embed_dim == dims[name.split("_")[2]]
-        assert len(model.blocks) == configuration.VIT_BLOCKS[name]
+        assert len(model.blocks) == config_facts.VIT_BLOCKS[name]
         assert model.patch_embed.patch_size == (14, 14) and model.patch_embed.num_patches == 256
         assert model.num_prefix_tokens == 1
         assert timm.get_pretrained_cfg(architecture).url.endswith(
@@ -245,9 +246,9 @@ def test_names_are_the_right_architectures():
             "ResNet18": torchvision.models.resnet18(),
             "ResNet50": torchvision.models.resnet50(),
         }
-    assert len(vit.encoder.layers) == configuration.VIT_BLOCKS["ViT_B_16"]
+    assert len(vit.encoder.layers) == config_facts.VIT_BLOCKS["ViT_B_16"]
     assert {*backbones.TORCHVISION, *backbones.DINOV2} == {
-        *configuration.RESNETS, *configuration.VIT_BLOCKS,
+        *config_facts.RESNETS, *config_facts.VIT_BLOCKS,
     }  # fmt: skip
     for architecture, weights in backbones.TORCHVISION.values():
         assert weights.name == "IMAGENET1K_V1" and architecture in weights.url
@@ -257,7 +258,7 @@ def test_names_are_the_right_architectures():
     for resnet in resnets.values():
         with torch.device("meta"):
             picture = torch.empty(1, 3, 224, 224)
-            for layer, side in configuration.RESNET_MAPS.items():
+            for layer, side in config_facts.RESNET_MAPS.items():
                 assert hooked(resnet, getattr(resnet, layer), picture).shape[-1] == side
 
 

@@ -106,7 +106,8 @@ def test_same_seed_same_network_and_width_does_not_shift_other_layers():
 
 
 def test_registries_and_literal_tables_agree():
-    from config import FULL_BATCH_METHODS, HAS_OFFICIAL_VALIDATION, Config
+    from config import Config
+    from config_facts import FULL_BATCH_METHODS, HAS_OFFICIAL_VALIDATION
     from data_loader import DATASETS
     from methods import METHODS
 

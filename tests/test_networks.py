@@ -20,7 +20,8 @@ import dfr
 import metrics
 import model
 import trainer
-from config import END_TO_END, RESNETS, Config, validate
+from config import Config, validate
+from config_facts import END_TO_END, RESNETS
 from errors import ConfigError, DataError
 
 ROOT = Path(__file__).parent.parent

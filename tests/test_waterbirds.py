@@ -19,12 +19,14 @@ from PIL import Image
 
 import analysis
 import config as configuration
+import config_facts
 import data_loader
 import groups
 import main
 import metrics
 import pictures
 import plotting
+from data_sets import waterbirds as waterbirds_set
 from errors import ConfigError, DataError
 from sources import picture_files, waterbirds
 
@@ -607,7 +609,7 @@ def test_caps_of_analyses_decode_nothing(good, monkeypatch):
 
 def in_memory(config):
     """The oracle twin: the same splits with all pictures as one tensor."""
-    splits = data_loader.waterbirds(config)
+    splits = waterbirds_set.load(config)
     for split in splits.named().values():
         split.inputs = torch.cat([split.inputs[i : i + 1] for i in range(len(split))])
     return splits
@@ -652,7 +654,7 @@ def test_configuration(good):
         configuration.validate({"on_bad_image": "ignore"})
     with pytest.raises(ConfigError, match="ColoredMNIST has no official validation set"):
         configuration.validate({"dfr_val_split_strategy": "original"})
-    assert set(configuration.HAS_OFFICIAL_VALIDATION) == set(data_loader.DATASETS)
+    assert set(config_facts.HAS_OFFICIAL_VALIDATION) == set(data_loader.DATASETS)
 
 
 def test_features_end_to_end_with_the_official_validation_set(good, tmp_path):

@@ -1,0 +1,415 @@
+"""What the configuration checks across keys, and which keys have an effect with which others."""
+
+import groups
+import memory
+from config_facts import (
+    ANALYSES,
+    BATCH_NORM,
+    DOMINOES_PARTS,
+    DOMINOES_PICTURES,
+    DRAWN_TO_MOMENTS,
+    END_TO_END,
+    FULL_BATCH_METHODS,
+    HAS_OFFICIAL_VALIDATION,
+    RESNET_MAPS,
+    RESNETS,
+    TARGET_METHODS,
+    VIT_BLOCKS,
+)
+from strict_yaml import show
+
+PAIRS = "a list of pairs of different groups, each [[y, a], [y, a]] with -1 or 1"
+
+
+class _Wrong(Exception):
+    """A check needs a key whose value is wrong by itself."""
+
+
+class Values(dict):
+    """Keys with their values; reading one that is wrong by itself ends the check that reads it."""
+
+    def __missing__(self, name):
+        raise _Wrong
+
+
+def problems(values: Values) -> list[str]:
+    """One line for every combination of values that is not allowed."""
+    found = []
+    for check in CHECKS:
+        try:
+            found += list(check(values))
+        except _Wrong:
+            continue
+    return found
+
+
+def _drawn_to_moments(dataset: str, dominoes_classes: str) -> bool:
+    """Whether the groups are drawn to the configured moments."""
+    return dataset in DRAWN_TO_MOMENTS and (dataset != "Dominoes" or dominoes_classes == "binary")
+
+
+def _check_moments(c, split):
+    if not _drawn_to_moments(c["dataset_name"], c["dominoes_classes"]):
+        return
+    y_mean, a_mean = c[f"{split}_label_marginal"], c[f"{split}_attribute_marginal"]
+    cov = c[f"{split}_correlation"]
+    worst = min(range(4), key=lambda g: groups.probabilities(y_mean, a_mean, cov)[g])
+    lowest = groups.probabilities(y_mean, a_mean, cov)[worst]
+    if lowest < -1e-9:
+        low = max(-(1 + y_mean) * (1 + a_mean), -(1 - y_mean) * (1 - a_mean))
+        high = min((1 + y_mean) * (1 - a_mean), (1 - y_mean) * (1 + a_mean))
+        yield (
+            f"{split}_correlation: given {cov:g}, which makes the probability of group "
+            f"{groups.name(worst)} negative ({lowest:.4g}); allowed with label marginal "
+            f"{y_mean:g} and attribute marginal {a_mean:g}: {low:.4g} to {high:.4g}"
+        )
+
+
+def _moments_keys(split):
+    return [
+        f"{split}_{moment}" for moment in ("correlation", "label_marginal", "attribute_marginal")
+    ]
+
+
+def _check_strategy(c):
+    dataset, strategy = c["dataset_name"], c["dfr_val_split_strategy"]
+    has = {"original": HAS_OFFICIAL_VALIDATION[dataset], "target": dataset == "Dominoes"}
+    what = {"original": "official validation set", "target": "target set"}
+    if not has.get(strategy, True):
+        allowed = ["split_from_train", *(name for name in has if has[name])]
+        yield (
+            f"dfr_val_split_strategy: given {strategy}, but {dataset} has no {what[strategy]}; "
+            f"allowed: {', '.join(allowed)}"
+        )
+
+
+def _check_target_size(c):
+    if c["dataset_name"] != "Dominoes":
+        return
+    classes, size = c["dominoes_classes"], c["val_target_size"]
+    there, parts = DOMINOES_PICTURES[classes], DOMINOES_PARTS[classes]
+    if size % parts or size >= there:
+        yield (
+            f"val_target_size: given {size}; allowed with dominoes_classes {classes}: multiples of "
+            f"{parts} from 0 below {there}"
+        )
+    elif c["use_dfr"] and c["dfr_val_split_strategy"] == "target" and not size:
+        yield (
+            "val_target_size: given 0, but dfr_val_split_strategy: target needs a target set; "
+            f"allowed: multiples of {parts} above 0, below {there}"
+        )
+
+
+def _check_loss(c):
+    ten = c["dataset_name"] == "Dominoes" and c["dominoes_classes"] == "ten"
+    if ten and c["loss_function"] != "cross_entropy":
+        yield (
+            f"loss_function: given {c['loss_function']}, but dominoes_classes: ten has ten "
+            "classes; allowed: cross_entropy"
+        )
+
+
+def _check_scalar(c):
+    asked = [name for name in _analyze_keys() if c[name]]
+    if c["loss_function"] == "cross_entropy" and asked:
+        yield (
+            f"{', '.join(asked)}: given true, but the analyses need a scalar output and four "
+            "groups; allowed with loss_function cross_entropy: false"
+        )
+
+
+def _check_image_size(c):
+    if c["dataset_name"] == "Dominoes" and c["use_feature_extractor"] and c["image_size"] != 224:
+        yield (
+            f"image_size: given {c['image_size']}, but feature extractors take pictures of 224 "
+            "pixels; allowed with use_feature_extractor: 224"
+        )
+
+
+def _check_layer(c):
+    layer, name = c["dfr_target_layer"], c["model_name"]
+    if not c["use_dfr"] or layer == "last_hidden":
+        return
+    if name in END_TO_END and int(layer[6:]) > 0:
+        yield (
+            f"dfr_target_layer: given {layer}, but the layers of a {name} have no numbers; "
+            "allowed: last_hidden, layer_0"
+        )
+    if name == "MLP" and int(layer[6:]) > c["num_hidden_layers"]:
+        yield (
+            f"dfr_target_layer: given {layer}, but the network has {c['num_hidden_layers']} "
+            f"hidden layer(s); allowed: last_hidden, layer_0 to layer_{c['num_hidden_layers']}"
+        )
+
+
+def _check_inputs(c):
+    if c["model_name"] in END_TO_END and c["use_feature_extractor"]:
+        yield (
+            f"model_name: given {c['model_name']}, which takes pictures, with "
+            "use_feature_extractor: true; allowed: MLP, or use_feature_extractor: false"
+        )
+
+
+def _check_method(c):
+    method, has_target = c["debias_method"], c["dataset_name"] == "Dominoes"
+    if method in TARGET_METHODS and not (has_target and c["val_target_size"]):
+        why = "val_target_size is 0" if has_target else f"{c['dataset_name']} has none"
+        yield f"debias_method: given {method}, which trains on a target set, but {why}"
+    if method == "SCALE" and c["optimizer"] != "SGD":
+        yield f"optimizer: given {c['optimizer']}; allowed with debias_method SCALE: SGD"
+    if method == "SCALE" and c["train_batch_size"] is None:
+        yield "train_batch_size: given null; allowed with debias_method SCALE: a whole number"
+
+
+def _check_batch_norm(c):
+    if c["model_name"] in BATCH_NORM and c["group_batches"] == "full":
+        yield (
+            f"group_batches: given full, but {c['model_name']} has batch norm, which needs the "
+            "groups mixed; allowed: mini, null"
+        )
+    if c["model_name"] in BATCH_NORM and c["train_batch_size"] is None:
+        yield (
+            f"train_batch_size: given null, which is the full batch at once for the batch norm of "
+            f"{c['model_name']}; allowed: a whole number"
+        )
+
+
+def _check_best(c):
+    val = "val_target_size" if c["dataset_name"] == "Dominoes" else "num_val_samples"
+    if c["use_dfr"] and c["dfr_network"] == "best" and c[val] == 0:
+        yield (
+            f"dfr_network: given best, which validation data tell, but {val} is 0; allowed: last"
+        )
+
+
+def _check_ratio(c):
+    if (
+        c["use_dfr"]
+        and c["dfr_val_split_strategy"] == "split_from_train"
+        and not c["dfr_val_ratio"]
+    ):
+        yield "dfr_val_ratio: given 0, which leaves DFR no data; allowed: above 0, below 1"
+
+
+def _check_block(c):
+    name, block = c["feature_extractor_model_name"], c["feature_extractor_vit_target_block"]
+    count = VIT_BLOCKS.get(name)
+    if c["use_feature_extractor"] and count and not -count <= block < count:
+        yield (
+            f"feature_extractor_vit_target_block: given {block}, but {name} has {count} blocks; "
+            f"allowed: 0 to {count - 1}, or -{count} to -1"
+        )
+
+
+def _check_pooling(c):
+    layer = c["feature_extractor_resnet_intermediate_layer"]
+    size = c["feature_extractor_resnet_pooling_output_size"]
+    uses_layer = c["feature_extractor_model_name"] in RESNETS and layer in RESNET_MAPS
+    if c["use_feature_extractor"] and uses_layer and size > RESNET_MAPS[layer]:
+        side = RESNET_MAPS[layer]
+        yield (
+            f"feature_extractor_resnet_pooling_output_size: given {size}, but {layer} has maps of "
+            f"{side} × {side}; allowed: 1 to {side}"
+        )
+
+
+def _check_pairs(c, section):
+    for pair in c[section].group_pairs:
+        if pair[0] == pair[1] or 0 in pair[0] + pair[1]:
+            yield f"{section}.group_pairs: given {show(pair)}; allowed: {PAIRS}"
+
+
+def _analyze_keys() -> list[str]:
+    return [f"analyze_{name}" for name in ANALYSES]
+
+
+def _check_memory(c):
+    there = memory.available()
+    width, depth = c["hidden_dim"], c["num_hidden_layers"]
+    needed = memory.training_bytes((depth - 1) * width**2, c["optimizer"], c["momentum"])
+    if c["model_name"] == "MLP" and c["device"] != "cuda" and there and needed > there:
+        yield (
+            f"hidden_dim, num_hidden_layers: given {width}, {depth}, which is at least "
+            f"{memory.shown(needed)} for parameters, gradients and optimizer, but "
+            f"{memory.shown(there)} are there; allowed: less"
+        )
+
+
+CHECKS = [
+    lambda c: _check_moments(c, "train"),
+    lambda c: _check_moments(c, "test"),
+    _check_strategy,
+    _check_target_size,
+    _check_image_size,
+    _check_loss,
+    _check_scalar,
+    _check_inputs,
+    _check_layer,
+    _check_method,
+    _check_batch_norm,
+    _check_best,
+    _check_ratio,
+    _check_block,
+    _check_pooling,
+    lambda c: _check_pairs(c, "gap_dynamics_factors"),
+    lambda c: _check_pairs(c, "static_dynamic_decomposition"),
+    _check_memory,
+]
+
+
+# Keys that only some settings use: (condition under which they count, why they do not, keys).
+EFFECT = [
+    (
+        lambda c: c.dataset_name in ("ColoredMNIST", "Dominoes"),
+        "only for ColoredMNIST and Dominoes",
+        ["mnist_source"],
+    ),
+    (
+        lambda c: c.dataset_name == "Dominoes",
+        "only for Dominoes",
+        ["dominoes_classes", "val_target_size", "image_size"],
+    ),
+    (
+        lambda c: c.dataset_name == "Dominoes" and c.dominoes_classes == "ten",
+        "only for Dominoes with dominoes_classes: ten",
+        ["spurious_strength"],
+    ),
+    (
+        lambda c: c.dataset_name == "Dominoes" and not c.use_feature_extractor,
+        "only for Dominoes without a feature extractor",
+        ["data_augmentation"],
+    ),
+    (
+        lambda c: c.dataset_name != "Dominoes",
+        "Dominoes takes it from val_target_size",
+        ["num_val_samples"],
+    ),
+    (
+        lambda c: c.dataset_name in DRAWN_TO_MOMENTS,
+        "the data set comes with its groups",
+        _moments_keys("train") + _moments_keys("test"),
+    ),
+    (
+        lambda c: c.dataset_name != "Dominoes" or c.dominoes_classes == "binary",
+        "ten classes are paired by spurious_strength",
+        _moments_keys("train") + _moments_keys("test"),
+    ),
+    (
+        lambda c: c.dataset_name == "WaterBirds",
+        "only for WaterBirds",
+        ["remove_minority_groups_train", "on_bad_image"],
+    ),
+    (
+        lambda c: c.dfr_val_split_strategy == "split_from_train",
+        "only for split_from_train",
+        ["dfr_val_ratio"],
+    ),
+    (lambda c: c.debias_method == "GroupDRO", "only for GroupDRO", ["dro_eta_q"]),
+    (lambda c: c.optimizer == "SGD", "only for SGD", ["momentum"]),
+    (
+        lambda c: c.debias_method not in FULL_BATCH_METHODS or c.group_batches == "mini",
+        "the method takes the full batch",
+        ["train_batch_size"],
+    ),
+    (
+        lambda c: c.debias_method in FULL_BATCH_METHODS,
+        "only for IW_uniform and GroupDRO",
+        ["group_batches"],
+    ),
+    (lambda c: c.debias_method == "SCALE", "only for SCALE", ["scale_group_size", "scale_mode"]),
+    (lambda c: c.model_name != "MLP", "not for an MLP", ["mixed_precision"]),
+    (
+        lambda c: c.model_name == "MLP",
+        "only for an MLP",
+        [
+            "initialization_method",
+            "activation_function",
+            "num_hidden_layers",
+            "hidden_dim",
+            "use_skip_connections",
+            "use_bias",
+            "use_zero_bias_initialization",
+        ],
+    ),
+    (
+        lambda c: c.model_name != "MLP" or c.use_bias,
+        "without use_bias",
+        ["use_zero_bias_initialization"],
+    ),
+    (lambda c: c.model_name == "ConvNet", "only for a ConvNet", ["latent_size"]),
+    (
+        lambda c: c.model_name in RESNETS,
+        "only for ResNet18 or ResNet50 as model_name",
+        ["pretrained", "pretrained_weights"],
+    ),
+    (
+        lambda c: c.model_name not in RESNETS or c.pretrained,
+        "without pretrained",
+        ["pretrained_weights"],
+    ),
+    (
+        lambda c: c.use_feature_extractor,
+        "without use_feature_extractor",
+        [
+            "feature_extractor_model_name",
+            "feature_extractor_weights",
+            "feature_extractor_precision",
+            "feature_extractor_batch_size",
+            "features_cache_dir",
+        ],
+    ),
+    (
+        lambda c: c.use_feature_extractor and c.feature_extractor_model_name not in RESNETS,
+        "only for a ViT as feature extractor",
+        ["feature_extractor_vit_target_block", "feature_extractor_vit_aggregation_mode"],
+    ),
+    (
+        lambda c: c.use_feature_extractor and c.feature_extractor_model_name in RESNETS,
+        "only for ResNet18 or ResNet50 as feature extractor",
+        ["feature_extractor_resnet_intermediate_layer"],
+    ),
+    (
+        lambda c: (
+            c.use_feature_extractor
+            and c.feature_extractor_model_name in RESNETS
+            and c.feature_extractor_resnet_intermediate_layer != "avgpool"
+        ),
+        "only for layer1 to layer4 of a ResNet as feature extractor",
+        ["feature_extractor_resnet_pooling_output_size"],
+    ),
+    (
+        lambda c: c.use_dfr,
+        "without use_dfr",
+        [
+            "dfr_network",
+            "dfr_target_layer",
+            "dfr_balance",
+            "dfr_standardize",
+            "dfr_reg",
+            "dfr_num_retrains",
+            "dfr_num_workers",
+        ],
+    ),
+    (
+        lambda c: not c.use_dfr or c.dfr_balance,
+        "without dfr_balance there is one fit",
+        ["dfr_num_retrains"],
+    ),
+    (lambda c: c.use_dfr and c.dfr_reg != "none", "no penalty to choose", ["dfr_c_options"]),
+]
+
+
+def without_effect(config, given) -> list[str]:
+    """Given keys that count for nothing here, one entry a reason: `a, b (only for SCALE)`."""
+    lines = []
+    for counts, reason, keys in EFFECT:
+        idle = [name for name in keys if name in given]
+        if idle and not counts(config):
+            lines.append(f"{', '.join(idle)} ({reason})")
+    for analysis in ANALYSES:
+        name = f"{analysis}_analysis_epochs"
+        late = [epoch for epoch in getattr(config, name) or [] if epoch > config.epochs]
+        if late:
+            shown = ", ".join(map(str, late[:5])) + (", …" if len(late) > 5 else "")
+            lines.append(f"{name}: {shown} (beyond epochs = {config.epochs})")
+    return lines
