@@ -32,13 +32,13 @@ import files
 from config import Config, derive_seed
 from config_facts import RESNETS, VIT_BLOCKS
 from errors import ConfigError, DataError
+from pictures import IMAGENET_MEAN, IMAGENET_STD
 from sources import zip_files
 
 log = logging.getLogger(f"spurious.{__name__}")
 
 SIDE = 224
 NETWORK_TIMEOUT = 5  # seconds until a host counts as out of reach
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TORCHVISION = {
     "ResNet18": ("resnet18", torchvision.models.ResNet18_Weights.IMAGENET1K_V1),
     "ResNet50": ("resnet50", torchvision.models.ResNet50_Weights.IMAGENET1K_V1),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pictures import BATCH_BYTES, LUMA, unit_norm_
+from pictures import BATCH_BYTES, LUMA, scale_
 from sources.picture_files import SIDE
 
 DIGIT, PICTURE = 28, 32  # sides of what is put together
@@ -90,15 +90,7 @@ class Composites:
             inputs = sum(w / 255 * pixels[:, c : c + 1] for c, w in enumerate(LUMA))
         else:
             inputs = pixels.float().div_(255)  # twice as fast as a division of bytes
-        if self.scaling == "norm":
-            return unit_norm_(inputs)
-        if self.scaling == "channels":
-            mean, std = inputs.new_tensor(CIFAR10_MEAN), inputs.new_tensor(CIFAR10_STD)
-            if self.grayscale:
-                weights = inputs.new_tensor(LUMA)
-                mean, std = (mean @ weights).view(1), (std @ weights).view(1)
-            inputs.sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
-        return inputs
+        return scale_(inputs, self.scaling, CIFAR10_MEAN, CIFAR10_STD)
 
     def batches(self, indices):
         """Yields `self[index]` for every index, in order."""

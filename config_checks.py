@@ -5,12 +5,14 @@ import memory
 from config_facts import (
     ANALYSES,
     BATCH_NORM,
+    CELEBA_PARTS,
     DOMINOES_PARTS,
     DOMINOES_PICTURES,
     DRAWN_TO_MOMENTS,
     END_TO_END,
     FULL_BATCH_METHODS,
     HAS_OFFICIAL_VALIDATION,
+    HAS_TARGET,
     RESNET_MAPS,
     RESNETS,
     TARGET_METHODS,
@@ -71,33 +73,82 @@ def _moments_keys(split):
     ]
 
 
+def _celeba_splits(c) -> str:
+    """`celeba_splits`, or what null stands for."""
+    return c["celeba_splits"] or ("drawn" if c["debias_method"] in TARGET_METHODS else "official")
+
+
+def _no_target(c) -> str | None:
+    """Why the data have no target set, if they have none."""
+    if c["dataset_name"] not in HAS_TARGET:
+        return f"{c['dataset_name']} has none"
+    if c["dataset_name"] == "CelebA" and _celeba_splits(c) != "drawn":
+        return "celeba_splits: official has none"
+    return None if c["val_target_size"] else "val_target_size is 0"
+
+
 def _check_strategy(c):
     dataset, strategy = c["dataset_name"], c["dfr_val_split_strategy"]
-    has = {"original": HAS_OFFICIAL_VALIDATION[dataset], "target": dataset == "Dominoes"}
+    has = {
+        "original": HAS_OFFICIAL_VALIDATION[dataset],
+        "target": dataset == "Dominoes" or (dataset == "CelebA" and _celeba_splits(c) == "drawn"),
+    }
     what = {"original": "official validation set", "target": "target set"}
     if not has.get(strategy, True):
         allowed = ["split_from_train", *(name for name in has if has[name])]
+        with_these = " with celeba_splits: official" if dataset == "CelebA" else ""
         yield (
-            f"dfr_val_split_strategy: given {strategy}, but {dataset} has no {what[strategy]}; "
-            f"allowed: {', '.join(allowed)}"
+            f"dfr_val_split_strategy: given {strategy}, but {dataset} has no {what[strategy]}"
+            f"{with_these}; allowed: {', '.join(allowed)}"
         )
 
 
 def _check_target_size(c):
-    if c["dataset_name"] != "Dominoes":
+    dataset, size = c["dataset_name"], c["val_target_size"]
+    if dataset == "CelebA" and _celeba_splits(c) == "drawn":
+        parts, more, below = CELEBA_PARTS, "", ""
+        wrong = size % parts
+    elif dataset == "Dominoes":
+        classes = c["dominoes_classes"]
+        parts, there = DOMINOES_PARTS[classes], DOMINOES_PICTURES[classes]
+        wrong = size % parts or size >= there
+        more, below = f" with dominoes_classes {classes}", f" below {there}"
+    else:
         return
-    classes, size = c["dominoes_classes"], c["val_target_size"]
-    there, parts = DOMINOES_PICTURES[classes], DOMINOES_PARTS[classes]
-    if size % parts or size >= there:
-        yield (
-            f"val_target_size: given {size}; allowed with dominoes_classes {classes}: multiples of "
-            f"{parts} from 0 below {there}"
-        )
+    if wrong:
+        yield f"val_target_size: given {size}; allowed{more}: multiples of {parts} from 0{below}"
     elif c["use_dfr"] and c["dfr_val_split_strategy"] == "target" and not size:
         yield (
             "val_target_size: given 0, but dfr_val_split_strategy: target needs a target set; "
-            f"allowed: multiples of {parts} above 0, below {there}"
+            f"allowed: multiples of {parts} above 0{',' if below else ''}{below}"
         )
+
+
+def _check_groupings(c):
+    if c["dataset_name"] != "CelebA":
+        return
+    labels = []
+    for text in c["groupings"]:
+        label, _, shortcuts = text.partition(":")
+        names = [label, *shortcuts.split(",")]
+        labels.append(label)
+        if len(set(names)) < len(names):
+            yield f"groupings: given {text}, in which an attribute is there twice"
+    if len(set(labels)) < len(labels):
+        yield "groupings: given two tasks with the same label; allowed: different ones"
+    single = len(c["groupings"]) == 1 and "," not in c["groupings"][0]
+    if _celeba_splits(c) == "drawn" and not single:
+        yield (
+            f"groupings: given {show(c['groupings'])}; allowed with drawn splits: one task with "
+            "one shortcut"
+        )
+    if _celeba_splits(c) == "drawn" and not c["spurious_strength"]:
+        yield "spurious_strength: given 0; allowed with drawn splits of CelebA: above 0, up to 1"
+
+
+def _check_several_tasks(c):
+    if c["dataset_name"] == "CelebA" and len(c["groupings"]) > 1:
+        yield f"groupings: given {len(c['groupings'])} tasks; allowed so far: one"
 
 
 def _check_loss(c):
@@ -111,18 +162,24 @@ def _check_loss(c):
 
 def _check_scalar(c):
     asked = [name for name in _analyze_keys() if c[name]]
-    if c["loss_function"] == "cross_entropy" and asked:
+    reason = None
+    if c["loss_function"] == "cross_entropy":
+        reason = "loss_function cross_entropy"
+    elif c["dataset_name"] == "CelebA" and "," in "".join(c["groupings"]):
+        reason = "more than one shortcut attribute"
+    if reason and asked:
         yield (
             f"{', '.join(asked)}: given true, but the analyses need a scalar output and four "
-            "groups; allowed with loss_function cross_entropy: false"
+            f"groups; allowed with {reason}: false"
         )
 
 
 def _check_image_size(c):
-    if c["dataset_name"] == "Dominoes" and c["use_feature_extractor"] and c["image_size"] != 224:
+    key = {"Dominoes": "image_size", "CelebA": "target_resolution"}.get(c["dataset_name"])
+    if key and c["use_feature_extractor"] and c[key] != 224:
         yield (
-            f"image_size: given {c['image_size']}, but feature extractors take pictures of 224 "
-            "pixels; allowed with use_feature_extractor: 224"
+            f"{key}: given {c[key]}, but feature extractors take pictures of 224 pixels; allowed "
+            "with use_feature_extractor: 224"
         )
 
 
@@ -151,9 +208,8 @@ def _check_inputs(c):
 
 
 def _check_method(c):
-    method, has_target = c["debias_method"], c["dataset_name"] == "Dominoes"
-    if method in TARGET_METHODS and not (has_target and c["val_target_size"]):
-        why = "val_target_size is 0" if has_target else f"{c['dataset_name']} has none"
+    method, why = c["debias_method"], _no_target(c)
+    if method in TARGET_METHODS and why:
         yield f"debias_method: given {method}, which trains on a target set, but {why}"
     if method == "SCALE" and c["optimizer"] != "SGD":
         yield f"optimizer: given {c['optimizer']}; allowed with debias_method SCALE: SGD"
@@ -240,6 +296,8 @@ CHECKS = [
     lambda c: _check_moments(c, "test"),
     _check_strategy,
     _check_target_size,
+    _check_groupings,
+    _check_several_tasks,
     _check_image_size,
     _check_loss,
     _check_scalar,
@@ -257,6 +315,10 @@ CHECKS = [
 ]
 
 
+def _is_drawn(c) -> bool:
+    return c.dataset_name == "CelebA" and c.celeba_splits == "drawn"
+
+
 # Keys that only some settings use: (condition under which they count, why they do not, keys).
 EFFECT = [
     (
@@ -267,16 +329,32 @@ EFFECT = [
     (
         lambda c: c.dataset_name == "Dominoes",
         "only for Dominoes",
-        ["dominoes_classes", "val_target_size", "image_size"],
+        ["dominoes_classes", "image_size"],
     ),
     (
-        lambda c: c.dataset_name == "Dominoes" and c.dominoes_classes == "ten",
-        "only for Dominoes with dominoes_classes: ten",
+        lambda c: c.dataset_name == "CelebA",
+        "only for CelebA",
+        ["groupings", "celeba_splits", "target_resolution"],
+    ),
+    (_is_drawn, "only for CelebA's drawn splits", ["celeba_majority_samples"]),
+    (
+        lambda c: c.dataset_name == "Dominoes" or _is_drawn(c),
+        "only for Dominoes and CelebA's drawn splits",
+        ["val_target_size"],
+    ),
+    (
+        lambda c: (c.dataset_name == "Dominoes" and c.dominoes_classes == "ten") or _is_drawn(c),
+        "only for Dominoes with dominoes_classes: ten and CelebA's drawn splits",
         ["spurious_strength"],
     ),
     (
-        lambda c: c.dataset_name == "Dominoes" and not c.use_feature_extractor,
-        "only for Dominoes without a feature extractor",
+        lambda c: not _is_drawn(c),
+        "the drawn splits take it from celeba_majority_samples",
+        ["num_train_samples"],
+    ),
+    (
+        lambda c: c.dataset_name in ("Dominoes", "CelebA") and not c.use_feature_extractor,
+        "only for Dominoes and CelebA without a feature extractor",
         ["data_augmentation"],
     ),
     (
@@ -295,9 +373,14 @@ EFFECT = [
         _moments_keys("train") + _moments_keys("test"),
     ),
     (
-        lambda c: c.dataset_name == "WaterBirds",
-        "only for WaterBirds",
-        ["remove_minority_groups_train", "on_bad_image"],
+        lambda c: c.dataset_name in ("WaterBirds", "CelebA"),
+        "only for WaterBirds and CelebA",
+        ["on_bad_image"],
+    ),
+    (
+        lambda c: c.dataset_name in ("WaterBirds", "CelebA") and not _is_drawn(c),
+        "only for the official splits of WaterBirds and CelebA",
+        ["remove_minority_groups_train"],
     ),
     (
         lambda c: c.dfr_val_split_strategy == "split_from_train",
@@ -305,6 +388,12 @@ EFFECT = [
         ["dfr_val_ratio"],
     ),
     (lambda c: c.debias_method == "GroupDRO", "only for GroupDRO", ["dro_eta_q"]),
+    (lambda c: c.debias_method == "JTT", "only for JTT", ["jtt_lambda_up", "jtt_error_set"]),
+    (
+        lambda c: c.debias_method == "JTT" and c.jtt_error_set is None,
+        "only for JTT without jtt_error_set",
+        ["jtt_epochs", "jtt_learning_rate", "jtt_weight_decay"],
+    ),
     (lambda c: c.optimizer == "SGD", "only for SGD", ["momentum"]),
     (
         lambda c: c.debias_method not in FULL_BATCH_METHODS or c.group_batches == "mini",

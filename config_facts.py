@@ -3,13 +3,27 @@
 Neither torch nor the registries are imported for a configuration; tests hold these against them.
 """
 
-HAS_OFFICIAL_VALIDATION = {"ColoredMNIST": False, "WaterBirds": True, "Dominoes": False}
+HAS_OFFICIAL_VALIDATION = {
+    "ColoredMNIST": False,
+    "WaterBirds": True,
+    "Dominoes": False,
+    "CelebA": True,
+}
+EXPERIMENT_NAMES = {
+    "ColoredMNIST": "colored_mnist",
+    "WaterBirds": "waterbirds",
+    "Dominoes": "dominoes",
+    "CelebA": "celeba",
+}
 # Data sets whose groups are drawn to the configured correlation and marginals.
 DRAWN_TO_MOMENTS = ("ColoredMNIST", "Dominoes")
 # Pictures that Dominoes has for training, and into how many equal parts its target set is cut:
 # validation and target, each with as many of every group or class.
 DOMINOES_PICTURES = {"binary": 10_000, "ten": 50_000}
 DOMINOES_PARTS = {"binary": 8, "ten": 20}
+# Data sets that can set aside a target set without shortcut.
+HAS_TARGET = ("Dominoes", "CelebA")
+CELEBA_PARTS = 8  # of val_target_size: half of it is the target set, of four equal groups
 FULL_BATCH_METHODS = ("IW_uniform", "GroupDRO")
 DEFAULT_WEIGHT_DECAY = {"SGD": 0.0, "Adam": 0.01}
 VIT_BLOCKS = {

@@ -98,8 +98,10 @@ def hold_out(train: list[np.ndarray], config: Config):
 
 def labels(counts, cells=groups.GROUPS) -> tuple[torch.Tensor, torch.Tensor]:
     """y and a of samples stored group by group, with these group counts."""
-    kind = torch.float32 if cells == groups.GROUPS else torch.int64
-    y, a = torch.tensor(cells, dtype=kind).T
+    y, a = torch.tensor(cells).T
+    if min(label for label, _ in cells) < 0:  # -1 and +1, not class indices
+        y = y.float()
+        a = a.float() if cells == groups.GROUPS else a
     repeats = torch.tensor(counts)
     return y.repeat_interleave(repeats), a.repeat_interleave(repeats)
 

@@ -23,6 +23,24 @@ def class_cells(num_classes: int, num_attributes: int) -> tuple[tuple[int, int],
     return tuple((y, a) for y in range(num_classes) for a in range(num_attributes))
 
 
+def signed_cells(num_attributes: int) -> tuple[tuple[int, int], ...]:
+    """(y, a) of every group where the label is -1 or +1 and the attribute an index."""
+    return tuple((y, a) for y in (-1, +1) for a in range(num_attributes))
+
+
+def under_represented(counts, num_classes: int) -> tuple[bool, ...]:
+    """Which groups have less than their share if label and attribute were independent.
+
+    π(y,a) < π(y)·π(a), of groups in the order of classes and within them of attributes.
+    """
+    width, n = len(counts) // num_classes, sum(counts)
+    of_label = [sum(counts[y * width : (y + 1) * width]) for y in range(num_classes)]
+    of_attribute = [sum(counts[a::width]) for a in range(width)]
+    return tuple(
+        count * n < of_label[g // width] * of_attribute[g % width] for g, count in enumerate(counts)
+    )
+
+
 def index(y, a):
     """Group index of y and a in {-1, +1}: numbers, numpy arrays or tensors alike."""
     return 2 * (y > 0) + (a > 0)

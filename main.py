@@ -99,6 +99,10 @@ def _learn(config: Config, splits, network, results):
     import dfr
     import trainer
 
+    if config.debias_method == "JTT":
+        import identification
+
+        splits = identification.identify(splits, config, results, splits.train.y.device)
     try:
         summaries, best = trainer.train(network, splits, config, results)
     except trainer.Diverged as error:

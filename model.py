@@ -31,6 +31,7 @@ import memory
 from config import Config, channels_standardised, derive_seed
 from config_facts import BATCH_NORM
 from errors import ConfigError
+from pictures import IMAGENET_MEAN, IMAGENET_STD
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -233,7 +234,7 @@ def resnet(config: Config, input_shape) -> tuple[nn.Module, int]:
     """
     import backbones  # with torchvision, slow to import
 
-    mean, std = backbones.IMAGENET_MEAN, backbones.IMAGENET_STD
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
     if channels_standardised(config):
         mean, std = (0.0,) * 3, (1.0,) * 3
     prepare = Standardised(input_shape, config.normalize_inputs, mean, std)

@@ -12,18 +12,37 @@ from pictures import Pictures
 
 
 @dataclass
+class Task:
+    """A question to the network: its groups, the cells (y, a), and their names.
+
+    minority: which groups go against the shortcut; None: those whose attribute is not their label.
+    """
+
+    name: str
+    cells: tuple[tuple[int, int], ...]
+    group_names: list[str]
+    minority: tuple[bool, ...] | None = None
+
+
+@dataclass
 class Split:
     """Samples of one split, stored group by group (so that a group is a slice, not a copy).
 
     inputs: (N, ...) float32, indexable by slices and index tensors: a tensor, or pictures that
     are made when indexed (use `metrics.batches` to have that done ahead); y, a: (N,), -1 or +1 in
-    float32, or class indices in int64; counts: samples per group, in the order of `Splits.cells`.
+    float32, or class indices in int64; counts: samples per group, in the order of `Splits.cells`;
+    minority: which groups go against the shortcut, None: those whose attribute is not their label.
+
+    Of several tasks y and a are (N, tasks), task_groups (N, tasks) has the group of each, and the
+    samples are stored group by group of the first.
     """
 
     inputs: torch.Tensor | Pictures | Composites
     y: torch.Tensor
     a: torch.Tensor
     counts: list[int]
+    minority: tuple[bool, ...] | None = None
+    task_groups: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -32,6 +51,13 @@ class Split:
     def group(self) -> torch.Tensor:
         """Group index of every sample, (N,) int64."""
         return torch.repeat_interleave(torch.tensor(self.counts, device=self.y.device))
+
+    @property
+    def in_minority(self) -> torch.Tensor:
+        """Which samples go against the shortcut, (N,) bool."""
+        if self.minority is None:
+            return self.y != self.a
+        return torch.tensor(self.minority, device=self.y.device)[self.group]
 
     @property
     def slices(self) -> list[slice]:
@@ -50,13 +76,24 @@ class Split:
         return groups.moments(self.counts)
 
     def to(self, device) -> "Split":
-        return Split(self.inputs.to(device), self.y.to(device), self.a.to(device), self.counts)
+        return self._with(lambda part: part.to(device), self.inputs.to(device), self.counts)
+
+    def _with(self, change, inputs, counts) -> "Split":
+        """With other inputs and counts, and every tensor of labels changed."""
+        return replace(
+            self,
+            inputs=inputs,
+            y=change(self.y),
+            a=change(self.a),
+            counts=counts,
+            task_groups=None if self.task_groups is None else change(self.task_groups),
+        )
 
     def subset(self, index: torch.Tensor, counts: list[int]) -> "Split":
         """The samples at these indices, which have these group counts; pictures stay undecoded."""
         there = isinstance(self.inputs, torch.Tensor)
         inputs = self.inputs[index] if there else self.inputs.subset(index)
-        return Split(inputs, self.y[index], self.a[index], counts)
+        return self._with(lambda part: part[index], inputs, counts)
 
     def augmented(self, seed: int) -> "Split":
         """The split with randomly changed pictures for training; itself if its inputs have none.
@@ -87,7 +124,9 @@ class Splits:
     cells: (y, a) of every group; num_classes: labels that there are.
     samples: arrays `pictures` (M, H, W, C) in [0, 1], `y`, `a`, `group`, for looking at.
     skipped: for some splits, the samples of each group that were left out as unreadable.
-    facts: where the data came from, as plain data.
+    facts: where the data came from, as plain data. repeats: (N,) int64, how often a method takes
+    each training sample in an epoch, if samples count differently. tasks: all of them, the first
+    with these cells and group names; by default it is the only one.
     """
 
     train: Split
@@ -101,6 +140,12 @@ class Splits:
     samples: dict[str, np.ndarray] = field(default_factory=dict)
     skipped: dict[str, list[int]] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
+    repeats: torch.Tensor | None = None
+    tasks: list[Task] = field(default_factory=list)
+
+    def __post_init__(self):
+        if not self.tasks:
+            self.tasks = [Task("label", self.cells, self.group_names)]
 
     def named(self) -> dict[str, Split]:
         """The splits that there are, by name."""

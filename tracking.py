@@ -75,61 +75,20 @@ class Table:
         self.file.append(text.getvalue().encode())
 
 
-class Run:
-    """An open results folder: tables, log file, trackers.
-
-    Use as a context manager; leaving it closes everything and says in `status.json` how it ended.
-    Raises `UserError` when another process has it open.
-    """
+class Tables:
+    """Tables that grow in a folder while a network is trained, and trackers that show them."""
 
     leads = True  # of several processes, the one that writes
 
     def __init__(self, folder: Path, config: Config):
         self.folder, self.config = folder, config
-        self._lock = _lock(folder)
-        status = read_status(folder)
-        self.id, self.phase, self.summary = status["id"], status["phase"], status["summary"]
         self.tables: dict[str, Table] = {}
         self.trackers: list = []
-        self.state = "running"
-        self._handler = _LogFile(folder / "run.log", encoding="utf-8")
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logging.getLogger("spurious").addHandler(self._handler)
-
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if error is not None:
-            self._log_end(kind, error, traceback)
-            self._say_how_it_ended(error)
-        self._each_tracker("finish", self.summary, self.state != "done")
-        self.close()
 
     def close(self) -> None:
-        """Close the files and give the run back to other processes."""
+        """Close the tables."""
         for table in self.tables.values():
             table.file.close()
-        logging.getLogger("spurious").removeHandler(self._handler)
-        self._handler.close()
-        if self._lock:
-            self._lock.release()
-
-    def enter(self, phase: str) -> None:
-        """From here on, a resumed run starts with this phase."""
-        self.sync()
-        self.phase = phase
-        self.state = "done" if phase == "done" else "running"
-        write_status(self.folder, self.state, phase, self.id, self.summary)
-
-    def _say_how_it_ended(self, error) -> None:
-        self.state = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        try:
-            write_status(self.folder, self.state, self.phase, self.id, self.summary, reason)
-        except StorageError as second:
-            log.warning("%s", second)
-        add_advice(error, self.folder)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the tables that training writes, for `rewind`."""
@@ -145,12 +104,6 @@ class Run:
         paths = {name: self.folder / f"{name}.csv" for name in sizes}
         return all(paths[n].exists() and paths[n].stat().st_size >= sizes[n] for n in sizes)
 
-    def forget_results(self) -> None:
-        """Remove what follows from the trained network, which is going to be another."""
-        for pattern in ("model.pt", "dfr_*", "plots/dfr.*"):
-            for path in self.folder.glob(pattern):
-                path.unlink()
-
     def rewind(self, sizes: dict[str, int]) -> None:
         """Remove the rows that training wrote after `sizes` were taken: it writes them again."""
         for name in REWOUND:
@@ -159,38 +112,6 @@ class Run:
                 os.truncate(path, sizes[name])
             else:
                 path.unlink(missing_ok=True)
-
-    def keep_log(self, early: logging.handlers.MemoryHandler) -> None:
-        """Write the lines that were logged before there was a folder to `run.log`."""
-        logging.getLogger("spurious").removeHandler(early)
-        early.setTarget(self._handler)
-        early.close()
-        log.info("Folder: %s", self.folder)
-
-    def save_data(self, count_rows: list[dict], samples: dict) -> None:
-        """Write `group_counts.csv` and, if wanted, `samples.npz`."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COUNT_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(count_rows)
-        files.write_text(self.folder / "group_counts.csv", text.getvalue())
-        for row in count_rows:
-            # A hundred groups would fill pages; their table has them all.
-            level = logging.INFO if len(count_rows) <= 40 else logging.DEBUG
-            log.log(level, "%(split)-6s %(count)6d × %(name)s", row)
-        if len(count_rows) > 40:
-            for split in dict.fromkeys(row["split"] for row in count_rows):
-                counts = [row["count"] for row in count_rows if row["split"] == split]
-                there = sum(count > 0 for count in counts)
-                log.info("%-6s %6d in %d of %d groups", split, sum(counts), there, len(counts))
-        if self.config.show_and_save_samples:
-            files.save(self.folder / "samples.npz", lambda file: np.savez(file, **samples))
-
-    def _log_end(self, kind, error, traceback) -> None:
-        """Why the run ended, to `run.log` only: the console is told by the command."""
-        reason = str(error) or kind.__name__
-        whole = not isinstance(error, UserError) and isinstance(error, Exception)
-        log.debug("Ended: %s", reason, exc_info=(kind, error, traceback) if whole else None)
 
     def table(self, name: str, columns) -> Table:
         """The open table `<name>.csv`, made with these columns on first use."""
@@ -225,6 +146,109 @@ class Run:
         yield
         self.time(phase, time.perf_counter() - start, epoch)
 
+    def _each_tracker(self, call: str, *arguments) -> None:
+        for tracker in list(self.trackers):
+            try:
+                getattr(tracker, call)(*arguments)
+            except Exception as error:  # a tracker must never stop a run; the tables are the truth
+                log.warning("%s stopped tracking: %s", type(tracker).__name__, error)
+                self.trackers.remove(tracker)
+
+
+class Run(Tables):
+    """An open results folder: tables, log file, trackers.
+
+    Use as a context manager; leaving it closes everything and says in `status.json` how it ended.
+    Raises `UserError` when another process has it open.
+    """
+
+    def __init__(self, folder: Path, config: Config):
+        super().__init__(folder, config)
+        self._lock = _lock(folder)
+        status = read_status(folder)
+        self.id, self.phase, self.summary = status["id"], status["phase"], status["summary"]
+        self.state = "running"
+        self._handler = _LogFile(folder / "run.log", encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logging.getLogger("spurious").addHandler(self._handler)
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is not None:
+            self._log_end(kind, error, traceback)
+            self._say_how_it_ended(error)
+        self._each_tracker("finish", self.summary, self.state != "done")
+        self.close()
+
+    def close(self) -> None:
+        """Close the files and give the run back to other processes."""
+        super().close()
+        logging.getLogger("spurious").removeHandler(self._handler)
+        self._handler.close()
+        if self._lock:
+            self._lock.release()
+
+    def enter(self, phase: str) -> None:
+        """From here on, a resumed run starts with this phase."""
+        self.sync()
+        self.phase = phase
+        self.state = "done" if phase == "done" else "running"
+        write_status(self.folder, self.state, phase, self.id, self.summary)
+
+    def _say_how_it_ended(self, error) -> None:
+        self.state = "stopped" if isinstance(error, (Stopped, KeyboardInterrupt)) else "failed"
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        try:
+            write_status(self.folder, self.state, self.phase, self.id, self.summary, reason)
+        except StorageError as second:
+            log.warning("%s", second)
+        add_advice(error, self.folder)
+
+    def part(self, name: str) -> Tables:
+        """Tables of another training that belongs to this run, in a folder of its own."""
+        (self.folder / name).mkdir(exist_ok=True)
+        return Tables(self.folder / name, self.config)
+
+    def forget_results(self) -> None:
+        """Remove what follows from the trained network, which is going to be another."""
+        for pattern in ("model.pt", "dfr_*", "plots/dfr.*"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+
+    def keep_log(self, early: logging.handlers.MemoryHandler) -> None:
+        """Write the lines that were logged before there was a folder to `run.log`."""
+        logging.getLogger("spurious").removeHandler(early)
+        early.setTarget(self._handler)
+        early.close()
+        log.info("Folder: %s", self.folder)
+
+    def save_data(self, count_rows: list[dict], samples: dict) -> None:
+        """Write `group_counts.csv` and, if wanted, `samples.npz`."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COUNT_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(count_rows)
+        files.write_text(self.folder / "group_counts.csv", text.getvalue())
+        for row in count_rows:
+            # A hundred groups would fill pages; their table has them all.
+            level = logging.INFO if len(count_rows) <= 40 else logging.DEBUG
+            log.log(level, "%(split)-6s %(count)6d × %(name)s", row)
+        if len(count_rows) > 40:
+            for split in dict.fromkeys(row["split"] for row in count_rows):
+                counts = [row["count"] for row in count_rows if row["split"] == split]
+                there = sum(count > 0 for count in counts)
+                log.info("%-6s %6d in %d of %d groups", split, sum(counts), there, len(counts))
+        if self.config.show_and_save_samples:
+            files.save(self.folder / "samples.npz", lambda file: np.savez(file, **samples))
+
+    def _log_end(self, kind, error, traceback) -> None:
+        """Why the run ended, to `run.log` only: the console is told by the command."""
+        reason = str(error) or kind.__name__
+        whole = not isinstance(error, UserError) and isinstance(error, Exception)
+        log.debug("Ended: %s", reason, exc_info=(kind, error, traceback) if whole else None)
+
     def images(self, paths) -> None:
         """Show saved plots in the trackers."""
         self._each_tracker("images", list(paths))
@@ -252,14 +276,6 @@ class Run:
         if tracker is not None:
             self.trackers.append(tracker)
 
-    def _each_tracker(self, call: str, *arguments) -> None:
-        for tracker in list(self.trackers):
-            try:
-                getattr(tracker, call)(*arguments)
-            except Exception as error:  # a tracker must never stop a run; the tables are the truth
-                log.warning("%s stopped tracking: %s", type(tracker).__name__, error)
-                self.trackers.remove(tracker)
-
 
 def add_advice(error, folder: Path) -> None:
     """Note on an error that ends a run how to resume it, unless that makes no sense."""
@@ -286,13 +302,16 @@ class Silent:
         pass
 
     history = analysis = time = images = conclude = enter = sync = rewind = _nothing
-    keep_log = save_data = _nothing
+    keep_log = save_data = close = _nothing
+
+    def part(self, name: str) -> "Silent":
+        return Silent(self.folder / name, self.config)
 
     def sizes(self) -> dict[str, int]:
         return {}
 
     def holds(self, sizes: dict[str, int]) -> bool:
-        return Run.holds(self, sizes)
+        return Tables.holds(self, sizes)
 
     @contextmanager
     def timed(self, *arguments):

@@ -80,15 +80,19 @@ def minibatch_epoch(
     model, optimizer, split: Split, loss, batch_size: int, seed: int, method=None, first=0,
     after_step=None,
 ) -> None:  # fmt: skip
-    """One pass over the split in random batches; every step follows the method's batch loss.
+    """One epoch in random batches of the split; every step follows the method's batch loss.
 
-    method: None for ERM, the batch's mean loss; first: steps to leave out; after_step(i): called
-    after the i-th step, as a part of it. Of several processes each takes its part of a batch.
+    method: None for ERM, one pass and the batch's mean loss; first: steps to leave out;
+    after_step(i): called after the i-th step, as a part of it. Of several processes each takes its
+    part of a batch.
     """
     model.train()
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(split), generator=generator).to(split.y.device)
-    whole = list(order.split(batch_size))
+    if method is None:
+        order = torch.randperm(len(split), generator=generator)
+    else:
+        order = method.order(generator)
+    whole = list(order.to(split.y.device).split(batch_size))
     if len(whole) > 1 and len(whole[-1]) == 1 and has_batch_norm(model):
         whole[-2:] = [torch.cat(whole[-2:])]  # a single sample has no variance
     parts = (batch[distributed.rank() :: distributed.world()] for batch in whole)
@@ -378,10 +382,11 @@ class _Training:
 def takes_full_batch(config: Config, method) -> bool:
     """Whether an epoch is one step on the whole split.
 
-    Not with batch norm, which needs the groups mixed: there the whole split is one batch.
+    Not with batch norm, which needs the groups mixed: there the whole split is one batch; nor where
+    samples are weighted by drawing them.
     """
     size = config.train_batch_size
-    if config.model_name in BATCH_NORM:
+    if config.model_name in BATCH_NORM or method.samples:
         return False
     by_groups = method.weights_groups and config.group_batches == "full"
     return by_groups or size is None or size >= len(method.source)

@@ -8,12 +8,19 @@ dθ/dt = -Σ w_g ∇R_g, and which loss a mini-batch has. A new method is one fi
 from methods.erm import ERM, ERMTarget
 from methods.group_dro import GroupDRO
 from methods.importance_weighting import IWUniform
+from methods.jtt import JTT
+from methods.rebalancing import RWG, RWY, SUBG, SUBY
 from methods.scale import SCALE
 
 METHODS = {
     "None": ERM,
     "IW_uniform": IWUniform,
     "GroupDRO": GroupDRO,
+    "RWY": RWY,
+    "RWG": RWG,
+    "SUBY": SUBY,
+    "SUBG": SUBG,
+    "JTT": JTT,
     "ERM_target": ERMTarget,
     "SCALE": SCALE,
 }

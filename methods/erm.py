@@ -2,6 +2,8 @@
 
 import math
 
+import torch
+
 import distributed
 import groups
 from errors import DataError
@@ -12,6 +14,8 @@ class ERM:
 
     # Whether the method weights groups and may take the full batch for it (`group_batches`).
     weights_groups = False
+    # Whether `order` weights samples by drawing them, so that there is no full batch.
+    samples = False
 
     def __init__(self, config, splits):
         """splits: a `splits.Splits`; raises `DataError` if they do not suit the method."""
@@ -22,6 +26,10 @@ class ERM:
     def source(self):
         """The split that batches come from."""
         return self.splits.train
+
+    def order(self, generator: torch.Generator) -> torch.Tensor:
+        """Indices into `source`, in the order in which an epoch takes them, on the CPU."""
+        return torch.randperm(len(self.source), generator=generator)
 
     def flow_weights(self, group_losses, counts) -> list[float]:
         """Weights w_g of the flow -Σ w_g ∇R_g on the training split; NaN if it is no such flow.

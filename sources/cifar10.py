@@ -172,7 +172,7 @@ def _decode_chunk(folder: Path, names: list[str]) -> tuple[np.ndarray, list[str]
     pixels = np.zeros((len(names), 3, SIDE, SIDE), dtype=np.uint8)
     for i, name in enumerate(names):
         try:
-            pixels[i] = decode(storage.read(name), exact=SIDE)
+            pixels[i] = decode(storage.read(name), side=None, exact=(SIDE, SIDE))
         except Damaged as error:
             problems.append(f"{folder / name}: {error}")
         except DataError as error:

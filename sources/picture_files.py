@@ -42,10 +42,11 @@ class BadPicture(DataError):
     """One picture is not readable; the text names the file and its row of the metadata."""
 
 
-def decode(data: bytes, exact: int | None = None) -> np.ndarray:
-    """A picture as RGB, resized to (3, 224, 224) uint8 (bilinear, antialiased).
+def decode(data: bytes, side=SIDE, exact=None, box=None) -> np.ndarray:
+    """A picture as RGB, resized to (3, side, side) uint8 (bilinear, antialiased).
 
-    exact: take only pictures of this side, and as they are. Raises `Damaged` for what is not a
+    side: None = as it is; exact: take only pictures of this (width, height); box: (left, top,
+    right, bottom) of what is cut out before it is resized. Raises `Damaged` for what is not a
     picture, is cut off, is too large or not of the `exact` size.
     """
     try:
@@ -54,14 +55,16 @@ def decode(data: bytes, exact: int | None = None) -> np.ndarray:
             if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
                 allowed = f"up to {MAX_PIXELS} in all, {MAX_SIDE} a side"
                 raise Damaged(f"{width}×{height} pixels; allowed: {allowed}")
-            if exact and picture.size != (exact, exact):
-                raise Damaged(f"{width}×{height} pixels; allowed: {exact}×{exact}")
+            if exact and picture.size != exact:
+                raise Damaged(f"{width}×{height} pixels; allowed: {exact[0]}×{exact[1]}")
             if picture.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
                 raise Damaged(f"more than {MAX_SCANS} scans")
             # Not with Image.draft: scaling inside the JPEG decoder changes pixels by up to 50.
             pixels = picture if picture.mode == "RGB" else picture.convert("RGB")
-            if not exact:
-                pixels = pixels.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+            if box:
+                pixels = pixels.crop(box)
+            if side:
+                pixels = pixels.resize((side, side), Image.Resampling.BILINEAR)
             pixels = np.asarray(pixels)  # decodes, while the file is open
     except (Damaged, MemoryError):
         raise
@@ -209,3 +212,60 @@ class Folder:
         if len(data) > MAX_FILE_BYTES:
             raise Damaged(f"too large; allowed: up to {MAX_FILE_BYTES} bytes")
         return data
+
+
+class NamedPictures:
+    """Pictures with names in a storage; a source's table says what is on them.
+
+    names: file names, N of them; missing: (N,) bool, names without their file; side: of decoded
+    pictures.
+    """
+
+    augments = False  # whether `decode` takes a generator for random crops
+
+    def __init__(self, storage: Archive | Folder, names: list[str], side: int = SIDE):
+        self.storage, self.names, self.side = storage, names, side
+        self.missing = np.array([name not in storage for name in names])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def place_of(self, i: int) -> str:
+        """Where picture i is, for messages."""
+        return f"{self.storage.path}/{self.names[i]}"
+
+    def check_missing(self) -> None:
+        """Raises `DataError` naming the pictures without their file."""
+        raise_problems(
+            [
+                f"{self.place_of(i)}: there is no such file; download the data again, or set "
+                "on_bad_image: skip"
+                for i in np.flatnonzero(self.missing)
+            ]
+        )
+
+    def _decode(self, data: bytes, rng) -> np.ndarray:
+        return decode(data, self.side)
+
+    def decode(self, i: int, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Picture i, (3, side, side) uint8. Raises `BadPicture` naming its file.
+
+        rng: for a random crop, where the source `augments`.
+        """
+        if self.missing[i]:
+            raise BadPicture(f"{self.place_of(i)}: there is no such file")
+        try:
+            return self._decode(self.storage.read(self.names[i]), rng)
+        except Damaged as error:
+            raise BadPicture(
+                f"{self.place_of(i)}: {error}; download the data again, or set on_bad_image: skip"
+            ) from None
+
+    @functools.cached_property
+    def files_identity(self) -> dict:
+        """Plain data that change with the files."""
+        if isinstance(self.storage, Archive):
+            return {"archive_bytes": self.storage.size, "members_sha256": self.storage.digest}
+        there = [name for name, missing in zip(self.names, self.missing) if not missing]
+        prints = [self.storage.fingerprint(name) for name in there]
+        return {"files_sha256": hashlib.sha256(repr(prints).encode()).hexdigest()}

@@ -6,7 +6,6 @@ does as well.
 """
 
 import csv
-import functools
 import hashlib
 import io
 import itertools
@@ -17,10 +16,9 @@ import numpy as np
 from errors import DataError
 from sources.picture_files import (
     Archive,
-    BadPicture,
     Damaged,
     Folder,
-    decode,
+    NamedPictures,
     leaves_folder,
     raise_problems,
 )
@@ -36,67 +34,33 @@ VALUES = {"y": (0, 1), "split": (TRAIN, VAL, TEST), "place": (0, 1)}
 COLUMNS = ("img_filename", *VALUES)
 
 
-class WaterBirds:
+class WaterBirds(NamedPictures):
     """The rows of `metadata.csv` and their pictures.
 
-    names: file names, N of them; y, place, split: (N,) int64; missing: (N,) bool, rows without
-    their file; rows: (N,) row numbers in metadata.csv, in which the header is row 1.
+    y, place, split: (N,) int64; rows: (N,) row numbers in metadata.csv, in which the header is
+    row 1.
     """
 
     def __init__(self, storage: Archive | Folder, prefix: str):
-        self.storage, self.prefix = storage, prefix
         self.metadata = f"{storage.path}/{prefix}{METADATA}"
         try:
             data = storage.read(prefix + METADATA)
         except Damaged as error:
             raise DataError(f"{self.metadata}: {error}; download it again") from None
         self.digest = hashlib.sha256(data).hexdigest()
-        self.names, values = _parse(data, self.metadata)
+        names, values = _parse(data, self.metadata)
+        super().__init__(storage, [prefix + name for name in names])
         self.rows, self.y, self.split, self.place = (
             np.array([row[column] for row in values]) for column in ("row", *VALUES)
         )
-        self.missing = np.array([prefix + name not in storage for name in self.names])
-
-    def __len__(self) -> int:
-        return len(self.names)
 
     def place_of(self, i: int) -> str:
         """Where picture i is, for messages: its file and its row of the metadata."""
-        path = f"{self.storage.path}/{self.prefix}{self.names[i]}"
-        return f"{path} ({METADATA}, row {self.rows[i]})"
-
-    def check_missing(self) -> None:
-        """Raises `DataError` naming the rows of the metadata without their file."""
-        raise_problems(
-            [
-                f"{self.place_of(i)}: there is no such file; download the data again, or set "
-                "on_bad_image: skip"
-                for i in np.flatnonzero(self.missing)
-            ]
-        )
-
-    def decode(self, i: int) -> np.ndarray:
-        """Picture i, (3, 224, 224) uint8. Raises `BadPicture` naming its file and row."""
-        if self.missing[i]:
-            raise BadPicture(f"{self.place_of(i)}: there is no such file")
-        try:
-            return decode(self.storage.read(self.prefix + self.names[i]))
-        except Damaged as error:
-            raise BadPicture(
-                f"{self.place_of(i)}: {error}; download the data again, or set on_bad_image: skip"
-            ) from None
-
-    @functools.cached_property
-    def _files_identity(self) -> dict:
-        if isinstance(self.storage, Archive):
-            return {"archive_bytes": self.storage.size, "members_sha256": self.storage.digest}
-        there = [name for name, missing in zip(self.names, self.missing) if not missing]
-        prints = [self.storage.fingerprint(self.prefix + name) for name in there]
-        return {"files_sha256": hashlib.sha256(repr(prints).encode()).hexdigest()}
+        return f"{super().place_of(i)} ({METADATA}, row {self.rows[i]})"
 
     def identity(self) -> dict:
         """What tells these data from others, as plain data, for the keys of caches."""
-        return {"source": "WaterBirds", "metadata_sha256": self.digest} | self._files_identity
+        return {"source": "WaterBirds", "metadata_sha256": self.digest} | self.files_identity
 
 
 def load(data_dir) -> WaterBirds:

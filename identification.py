@@ -1,0 +1,153 @@
+"""The first stage of JTT: which training samples a network trained by ERM gets wrong.
+
+Liu et al., "Just Train Twice: Improving Group Robustness without Training Group Information", 2021.
+`<run>/identification/` has the tables and checkpoints of that network, `<run>/jtt_error_set.csv`
+the samples, by their place in the training split, `jtt_error_set.json` the hash of that split.
+"""
+
+import csv
+import io
+import json
+import logging
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import distributed
+import files
+import metrics
+import model
+import trainer
+from config import Config
+from config_facts import ANALYSES
+from errors import DataError, UserError
+from splits import Splits
+
+log = logging.getLogger(f"spurious.{__name__}")
+
+FILE, ABOUT = "jtt_error_set.csv", "jtt_error_set.json"
+COLUMNS = ["index", "task", "group"]
+MAX_BYTES = 256 * 2**20
+
+
+def identify(splits: Splits, config: Config, run, device: str) -> Splits:
+    """The splits with `repeats` for JTT, λ for samples of the error set and 1 for others.
+
+    The error set is the run's, that of `jtt_error_set`, or found by training a network; goes on
+    where an interrupted run was. Raises `UserError` when the file is not of this training split.
+    """
+    path, digest = run.folder / FILE, splits.train.digest()
+    if not path.exists():
+        if config.jtt_error_set is None:
+            wrong = _train(splits, config, run, device)
+        else:
+            wrong = read(config.jtt_error_set, splits, digest)
+        if run.leads:
+            _write(path, wrong, splits, digest)
+    distributed.barrier()  # all read what the first rank has written
+    wrong = read(path, splits, digest)
+    for name, rates in error_rates(wrong, splits).items():
+        log.info("JTT error set of %s: %s", name, rates)
+    missed = wrong.any(1)
+    if not missed.any():
+        log.warning("JTT: the identification network made no error, so this is plain ERM")
+    repeats = torch.where(missed, config.jtt_lambda_up, 1)
+    return replace(splits, repeats=repeats)
+
+
+def stage_config(config: Config) -> Config:
+    """The configuration of the identification network: ERM with settings of its own."""
+    rate, decay = config.jtt_learning_rate, config.jtt_weight_decay
+    changed = {
+        "debias_method": "None",
+        "epochs": config.jtt_epochs,
+        "learning_rate": config.learning_rate if rate is None else rate,
+        "weight_decay": config.weight_decay if decay is None else decay,
+    }
+    return config.model_copy(update=changed | {f"analyze_{name}": False for name in ANALYSES})
+
+
+def _train(splits: Splits, config: Config, run, device: str) -> torch.Tensor:
+    """Which training samples, (N, tasks) bool, a network trained by ERM gets wrong."""
+    config = stage_config(config)
+    network = model.build_for(config, splits).to(device)
+    log.info("JTT, identification: %d epochs of ERM", config.epochs)
+    part = run.part("identification")
+    try:
+        with run.timed("identification"):
+            trainer.train(network, splits, config, part)
+    except trainer.Diverged as error:
+        raise trainer.Diverged(f"the identification network of JTT: {error}") from None
+    finally:
+        part.close()
+    f = metrics.outputs(network, splits.train, config.eval_batch_size)
+    return ~metrics.correct(f, splits.train.y).view(len(f), -1).cpu()
+
+
+def _groups(splits: Splits) -> torch.Tensor:
+    """Group of every training sample in every task, (N, tasks)."""
+    train = splits.train
+    return (train.group[:, None] if train.task_groups is None else train.task_groups).cpu()
+
+
+def error_rates(wrong: torch.Tensor, splits: Splits) -> dict[str, str]:
+    """{task: share of each group's training samples that are in the error set}, as text."""
+    told, group = {}, _groups(splits)
+    for t, task in enumerate(splits.tasks):
+        rates = [
+            f"{name} {wrong[group[:, t] == g, t].float().mean().item():.3f}"
+            for g, name in enumerate(task.group_names)
+            if (group[:, t] == g).any()
+        ]
+        more = f" … ({len(rates)} groups)" if len(rates) > 16 else ""
+        total = wrong[:, t].float().mean().item()
+        told[task.name] = f"{total:.3f} of all; " + "; ".join(rates[:16]) + more
+    return told
+
+
+def _write(path: Path, wrong: torch.Tensor, splits: Splits, digest: str) -> None:
+    group = _groups(splits)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for index, t in wrong.nonzero().tolist():
+        writer.writerow([index, splits.tasks[t].name, group[index, t].item()])
+    files.write_text(path.with_name(ABOUT), json.dumps({"train_sha256": digest}) + "\n")
+    files.write_text(path, text.getvalue())
+
+
+def read(path, splits: Splits, digest: str) -> torch.Tensor:
+    """Which training samples, (N, tasks) bool, an error set holds.
+
+    Raises `UserError` unless it is one, of this training split.
+    """
+    path, names = Path(path), [task.name for task in splits.tasks]
+    wrong, group = torch.zeros(_groups(splits).shape, dtype=torch.bool), _groups(splits)
+    try:
+        about = path.with_name(ABOUT)
+        if (
+            about.exists()
+            and json.loads(about.read_text(encoding="utf-8"))["train_sha256"] != digest
+        ):
+            raise DataError(
+                f"jtt_error_set: {path} is of another training split than these settings make; "
+                "take the same data, seed and sizes, or null"
+            )
+        if os.path.getsize(path) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES} bytes")
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = csv.reader(file, strict=True)
+            if next(rows, None) != COLUMNS:
+                raise ValueError(f"its first line is not {','.join(COLUMNS)}")
+            for number, row in enumerate(rows, 2):
+                index, t = int(row[0]), names.index(row[1])
+                if not 0 <= index < len(wrong) or int(row[2]) != group[index, t]:
+                    raise ValueError(f"row {number} is of another training split")
+                wrong[index, t] = True
+    except OSError as error:
+        raise UserError(f"jtt_error_set: {path} cannot be read, {error.strerror}") from None
+    except (ValueError, IndexError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"jtt_error_set: {path} is not usable ({error})") from None
+    return wrong

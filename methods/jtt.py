@@ -1,0 +1,25 @@
+"""Just train twice: training samples that a first network got wrong count many times.
+
+Liu et al., "Just Train Twice: Improving Group Robustness without Training Group Information", 2021.
+The first stage, which finds these samples, is in `identification`.
+"""
+
+import math
+
+import torch
+
+from methods.erm import ERM
+
+
+class JTT(ERM):
+    """ERM in which every sample appears `Splits.repeats` times an epoch."""
+
+    samples = True
+
+    def flow_weights(self, group_losses, counts) -> list[float]:
+        return [math.nan] * len(counts)  # weights differ within a group
+
+    def order(self, generator) -> torch.Tensor:
+        repeats = self.splits.repeats.cpu()
+        rows = torch.arange(len(repeats)).repeat_interleave(repeats)
+        return rows[torch.randperm(len(rows), generator=generator)]
