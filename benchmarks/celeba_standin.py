@@ -3,9 +3,9 @@
     python -m benchmarks.celeba_standin FOLDER [N]      writes FOLDER/celeba, then data_dir=FOLDER
 
 Every attribute is a patch at a place of its own, brighter where a face has it. A planted pair
-label:shortcut agrees in a share `AGREE` of the faces (-1: disagrees), and the label's patch is so
-noisy that it tells the label in 84 % of the faces only, so that a network gains by the shortcut.
-All other attributes are independent and clear.
+label:shortcut agrees in a share `AGREE` of the faces (-1: disagrees), and the label's patch is
+fainter than the shortcut's and so noisy that it tells the label in 84 % of the faces only: a network
+takes to the shortcut first, and gains by it. All other attributes are independent and clear.
 """
 
 import csv
@@ -64,7 +64,7 @@ PLANTED = {"Blond_Hair": ("Male", -1), "Big_Lips": ("Chubby", 1), "Gray_Hair": (
 AGREE = 0.9
 WIDTH, HEIGHT, TOP = 178, 218, 20  # the middle square starts at row 20
 PARTS = (0.6, 0.2, 0.2)  # train, val, test
-CONTRAST, GRAIN = 60.0, 4.0  # of a patch, and of every pixel
+CONTRAST, FAINT, GRAIN = 60.0, 20.0, 4.0  # of a patch, a label's, and of every pixel
 
 
 def attributes(n: int, names, planted, rng) -> np.ndarray:
@@ -82,7 +82,7 @@ def picture(values: np.ndarray, noisy: np.ndarray, rng) -> np.ndarray:
     """(218, 178, 3) uint8 of a face with these attributes (K,); noisy: (K,) bool."""
     side = int(np.ceil(np.sqrt(len(values))))
     cell = WIDTH // side
-    level = CONTRAST * (values + noisy * rng.normal(size=len(values)))
+    level = np.where(noisy, FAINT * (values + rng.normal(size=len(values))), CONTRAST * values)
     pixels = rng.normal(128, GRAIN, (HEIGHT, WIDTH, 3))
     for j, value in enumerate(level):
         top, left = TOP + (j // side) * cell, (j % side) * cell

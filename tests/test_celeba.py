@@ -441,11 +441,11 @@ def test_rebalancing_helps_the_worst_group_of_the_planted_pair(go, tmp_path_fact
     monkeypatch.setattr(celeba.CelebA, "decode", once)
     celeba_standin.write(data, 2400, NAMES[:2], PLANTED)
     worst = {}
-    epochs = {"None": 3, "RWG": 3, "SUBG": 15, "JTT": 3}
+    epochs = {"None": 6, "RWG": 4, "SUBG": 15, "JTT": 6}
     for method, number in epochs.items():
         code, folder = go(
             method, data, debias_method=method, epochs=number, target_resolution=8,
-            jtt_lambda_up=6, num_val_samples=0,
+            jtt_lambda_up=6, jtt_learning_rate=0.005, num_val_samples=0,
         )  # fmt: skip
         assert code == 0
         worst[method] = pd.read_csv(folder / "training_history.csv")["test_worst_acc"].iloc[-1]
