@@ -334,6 +334,7 @@ class Config(Section):
     )
 
     plot_format: Literal["png", "svg"] = key("png", "file format of the plots")
+    tensorboard: bool = key(False, "write the run for TensorBoard, too")
     wandb: WandbConfig = WandbConfig()
 
     _ignored: tuple[str, ...] = PrivateAttr(())
@@ -791,7 +792,8 @@ def _changed(config: Config, name: str) -> bool:
 
 # Keys that do not change what a run measures.
 FREE_TO_CHANGE = (
-    "results_dir", "num_workers", "checkpoint_every", "dfr_num_workers", "plot_format", "wandb",
+    "results_dir", "num_workers", "checkpoint_every", "dfr_num_workers", "plot_format",
+    "tensorboard", "wandb",
 )  # fmt: skip
 
 
