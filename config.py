@@ -362,6 +362,7 @@ class Config(Section):
     )
 
     plot_format: Literal["png", "svg"] = key("png", "file format of the plots")
+    tensorboard: bool = key(False, "write the run for TensorBoard, too")
     wandb: WandbConfig = WandbConfig()
 
     _ignored: tuple[str, ...] = PrivateAttr(())
@@ -408,7 +409,8 @@ def _changed(config: Config, name: str) -> bool:
 
 # Keys that do not change what a run measures.
 FREE_TO_CHANGE = (
-    "results_dir", "num_workers", "checkpoint_every", "dfr_num_workers", "plot_format", "wandb",
+    "results_dir", "num_workers", "checkpoint_every", "dfr_num_workers", "plot_format",
+    "tensorboard", "wandb",
 )  # fmt: skip
 
 

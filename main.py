@@ -55,6 +55,7 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
             results.keep_log(early_log)
             if results.leads:
                 results.add_tracker(trackers.start_wandb(config, folder, results.id))
+                results.add_tracker(trackers.start_tensorboard(config, folder))
             diverged = None
             if splits:
                 results.time("loading", loading)

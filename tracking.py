@@ -46,7 +46,7 @@ COUNT_COLUMNS = ("split", "group", "y", "a", "name", "count", "share", "skipped"
 TIMING_COLUMNS = ("phase", "epoch", "seconds")
 PACKAGES = (
     "torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "pandas", "matplotlib",
-    "scikit-learn", "wandb",
+    "scikit-learn", "wandb", "tensorboard",
 )  # fmt: skip
 PHASES = ("training", "DFR", "plots", "done")
 CONFIG = "config_used.yaml"
@@ -104,14 +104,18 @@ class Tables:
         paths = {name: self.folder / f"{name}.csv" for name in sizes}
         return all(paths[n].exists() and paths[n].stat().st_size >= sizes[n] for n in sizes)
 
-    def rewind(self, sizes: dict[str, int]) -> None:
-        """Remove the rows that training wrote after `sizes` were taken: it writes them again."""
+    def rewind(self, sizes: dict[str, int], epoch: int) -> None:
+        """Remove the rows that training wrote after `sizes` were taken: it writes them again.
+
+        epoch: the last one that is recorded then, -1 for none.
+        """
         for name in REWOUND:
             path = self.folder / f"{name}.csv"
             if name in sizes:
                 os.truncate(path, sizes[name])
             else:
                 path.unlink(missing_ok=True)
+        self._each_tracker("rewind", epoch)
 
     def table(self, name: str, columns) -> Table:
         """The open table `<name>.csv`, made with these columns on first use."""
@@ -127,12 +131,12 @@ class Tables:
     def analysis(self, rows: list[dict]) -> None:
         """Append rows to `analysis.csv`."""
         self.table("analysis", ANALYSIS_COLUMNS).add(rows)
-        by_epoch: dict[int, dict] = {}
-        for row in rows:
-            parts = [row[c] for c in ("analysis", "split", "pair", "quantity") if row[c]]
-            by_epoch.setdefault(row["epoch"], {})["/".join(parts)] = row["value"]
-        for epoch, values in by_epoch.items():
+        for epoch, values in tagged(rows).items():
             self._each_tracker("log", epoch, values)
+
+    def histograms(self, epoch: int, values: dict) -> None:
+        """Show how the values of tensors are distributed, in the trackers only."""
+        self._each_tracker("histograms", epoch, values)
 
     def time(self, phase: str, seconds: float, epoch: int | str = "") -> None:
         """Append a row to `timings.csv`."""
@@ -242,6 +246,10 @@ class Run(Tables):
                 log.info("%-6s %6d in %d of %d groups", split, sum(counts), there, len(counts))
         if self.config.show_and_save_samples:
             files.save(self.folder / "samples.npz", lambda file: np.savez(file, **samples))
+            names = {row["group"]: row["name"] for row in count_rows}
+            pictures, members = samples["pictures"], samples["group"]
+            by_group = {names[g]: pictures[members == g] for g in np.unique(members)}
+            self._each_tracker("samples", by_group)
 
     def _log_end(self, kind, error, traceback) -> None:
         """Why the run ended, to `run.log` only: the console is told by the command."""
@@ -277,6 +285,15 @@ class Run(Tables):
             self.trackers.append(tracker)
 
 
+def tagged(rows) -> dict[int, dict]:
+    """{epoch: {name: value}} of rows of `analysis.csv`, with the names that trackers show."""
+    by_epoch: dict[int, dict] = {}
+    for row in rows:
+        parts = [row[c] for c in ("analysis", "split", "pair", "quantity") if row[c]]
+        by_epoch.setdefault(row["epoch"], {})["/".join(parts)] = row["value"]
+    return by_epoch
+
+
 def add_advice(error, folder: Path) -> None:
     """Note on an error that ends a run how to resume it, unless that makes no sense."""
     if not getattr(error, "final", False) and not getattr(error, "__notes__", None):
@@ -302,7 +319,7 @@ class Silent:
         pass
 
     history = analysis = time = images = conclude = enter = sync = rewind = _nothing
-    keep_log = save_data = close = _nothing
+    histograms = keep_log = save_data = close = _nothing
 
     def part(self, name: str) -> "Silent":
         return Silent(self.folder / name, self.config)

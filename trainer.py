@@ -231,6 +231,8 @@ class _Training:
             row |= {f"{name}_{quantity}": value for quantity, value in summary.items()}
         row |= {f"flow_weight_{g}": weight for g, weight in enumerate(weights)}
         self.run.history(row)
+        last_layer = self.model.classifier.named_parameters()
+        self.run.histograms(epoch, {f"classifier/{name}": p.detach() for name, p in last_layer})
         if epoch and self.plain_step:
             change = self.change(self.summaries, summaries)
             self.run.analysis(self.analyses.measured_rows(epoch - 1, change))
@@ -332,7 +334,8 @@ class _Training:
         if state:
             checkpoints.check_data(state, self.data, self.run.folder)
         distributed.barrier()  # all have read before the first rank writes
-        self.run.rewind(state["table_sizes"] if state else {})
+        sizes, epoch = (state["table_sizes"], state["epoch"]) if state else ({}, -1)
+        self.run.rewind(sizes, epoch)
         if state is None:
             return
         self.model.load_state_dict(state["model"])

@@ -131,7 +131,10 @@ class FakeRun:
     def holds(self, sizes):
         return True
 
-    def rewind(self, sizes):
+    def rewind(self, sizes, epoch):
+        pass
+
+    def histograms(self, epoch, values):
         pass
 
     def values(self, analysis, quantity, split):

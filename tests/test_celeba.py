@@ -445,7 +445,7 @@ def test_rebalancing_helps_the_worst_group_of_the_planted_pair(go, tmp_path_fact
     for method, number in epochs.items():
         code, folder = go(
             method, data, debias_method=method, epochs=number, target_resolution=8,
-            jtt_lambda_up=6, jtt_learning_rate=0.005, num_val_samples=0,
+            jtt_lambda_up=6, jtt_learning_rate=0.005, num_val_samples=0, latent_size=64,
         )  # fmt: skip
         assert code == 0
         worst[method] = pd.read_csv(folder / "training_history.csv")["test_worst_acc"].iloc[-1]
