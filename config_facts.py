@@ -8,12 +8,14 @@ HAS_OFFICIAL_VALIDATION = {
     "WaterBirds": True,
     "Dominoes": False,
     "CelebA": True,
+    "SpuriousMNIST": False,
 }
 EXPERIMENT_NAMES = {
     "ColoredMNIST": "colored_mnist",
     "WaterBirds": "waterbirds",
     "Dominoes": "dominoes",
     "CelebA": "celeba",
+    "SpuriousMNIST": "spurious_mnist",
 }
 # Data sets whose groups are drawn to the configured correlation and marginals.
 DRAWN_TO_MOMENTS = ("ColoredMNIST", "Dominoes")

@@ -4,7 +4,7 @@ A new data set is one file in `data_sets/` whose `load(config)` returns `Splits`
 """
 
 from config import Config
-from data_sets import celeba, colored_mnist, dominoes, waterbirds
+from data_sets import celeba, colored_mnist, dominoes, spurious_mnist, waterbirds
 from splits import Splits
 
 DATASETS = {
@@ -12,6 +12,7 @@ DATASETS = {
     "WaterBirds": waterbirds.load,
     "Dominoes": dominoes.load,
     "CelebA": celeba.load,
+    "SpuriousMNIST": spurious_mnist.load,
 }
 
 

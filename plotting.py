@@ -53,6 +53,8 @@ FORMATS = ("png", "svg")
 TABLES = ("training_history.csv", "analysis.csv", "dfr_results.json", "samples.npz")
 TEXTS = ("split", "name", "analysis", "pair", "quantity")
 PICTURES_PER_GROUP = 8
+SAMPLE_ROWS = 24
+MORE_SETS = ("opposite", "clean", "all_main", "shortcut_only")  # than train, val, target and test
 MAX_SAMPLES = 2**26  # bytes; 32 pictures of 112 × 112 are 2**22
 
 
@@ -315,6 +317,24 @@ def group_accuracies(run: Run) -> Figure | None:
     epoch = f"Test accuracy in % of every group at epoch {last.epoch.iloc[0]}{missing}"
     figure.suptitle(title(run, epoch))
     return figure
+
+
+def evaluation_sets(run: Run) -> Figure | None:
+    """Where there are further evaluation sets: worst-group and average accuracy on each."""
+    more = [name for name in MORE_SETS if f"{name}_avg_acc" in run.history]
+    if not more:
+        return None
+    history = run.history
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2, squeeze=False, sharex=True, sharey=True)
+    for ax, kind, text in zip(axes[0], ("worst", "avg"), ("worst group", "average")):
+        for style, name in zip(PAIR_STYLES, ["test", *more]):
+            label = "test, as trained" if name == "test" else SPLIT_TITLES[name]
+            curve(ax, history.epoch, column(history, f"{name}_{kind}_acc"), style, label)
+        ax.set_title(text)
+    share_axis(axes[0], "accuracy")
+    legend_below(figure)
+    return finish(run, figure, axes, "Evaluation sets", history.epoch)
 
 
 def gap_pairs(run: Run) -> list[tuple[str, str]]:
@@ -599,7 +619,7 @@ def dfr(run: Run) -> Figure | None:
 
 
 def samples(run: Run) -> Figure | None:
-    """Training pictures, one row a group; of many groups, one row a class."""
+    """Training pictures, one row a group; where these are too many, one row a class."""
     path = run.folder / "samples.npz"
     if not present(path):
         return None
@@ -608,7 +628,8 @@ def samples(run: Run) -> Figure | None:
         if unpacked > MAX_SAMPLES:
             raise PlotError(f"{path}: {unpacked} bytes unpacked; allowed: up to {MAX_SAMPLES}")
         with np.load(path, allow_pickle=False) as arrays:
-            pictures, members = arrays["pictures"], arrays["y" if run.many else "group"]
+            by_class = len(np.unique(arrays["group"])) > SAMPLE_ROWS
+            pictures, members = arrays["pictures"], arrays["y" if by_class else "group"]
         if (
             pictures.ndim != 4
             or pictures.shape[-1] not in (1, 3)
@@ -618,7 +639,7 @@ def samples(run: Run) -> Figure | None:
         if members.shape != pictures.shape[:1]:
             raise ValueError(f"{len(pictures)} pictures, groups of shape {members.shape}")
     labels = run.labels
-    if run.many:
+    if by_class:
         names = run.counts.drop_duplicates("y").set_index("y").name
         labels = names.astype(str).str.rpartition(", ")[0].to_dict()
     shown = [g for g in labels if (members == g).any()]
@@ -653,7 +674,14 @@ ANALYSIS_FIGURES = (
     model_output_expectation,
 )
 METHOD_FIGURES = {"SCALE": scale}  # by what they are called in the table
-HISTORY_FIGURES = (training_history, group_curves, group_accuracies, gaps, misclassification)
+HISTORY_FIGURES = (
+    training_history,
+    group_curves,
+    group_accuracies,
+    evaluation_sets,
+    gaps,
+    misclassification,
+)
 FIGURES = {
     make.__name__: make
     for make in (*HISTORY_FIGURES, *ANALYSIS_FIGURES, *METHOD_FIGURES.values(), dfr, samples)

@@ -120,8 +120,10 @@ class Split:
 class Splits:
     """All splits of an experiment. All but `train` and `test` may be missing.
 
-    target: a small unbiased set for methods that train on it; dfr: the data for retraining.
+    target: a small unbiased set for methods that train on it; dfr: the data for retraining;
+    more: further evaluation sets by name.
     cells: (y, a) of every group; num_classes: labels that there are.
+    masks: (G, H, W) bool, for every group the pixels on which its shortcut is drawn, or None.
     samples: arrays `pictures` (M, H, W, C) in [0, 1], `y`, `a`, `group`, for looking at.
     skipped: for some splits, the samples of each group that were left out as unreadable.
     facts: where the data came from, as plain data. repeats: (N,) int64, how often a method takes
@@ -137,6 +139,8 @@ class Splits:
     dfr: Split | None = None
     cells: tuple[tuple[int, int], ...] = groups.GROUPS
     num_classes: int = 2
+    more: dict[str, Split] = field(default_factory=dict)
+    masks: torch.Tensor | None = None
     samples: dict[str, np.ndarray] = field(default_factory=dict)
     skipped: dict[str, list[int]] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
@@ -150,16 +154,24 @@ class Splits:
     def named(self) -> dict[str, Split]:
         """The splits that there are, by name."""
         present = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: split for name, split in present.items() if isinstance(split, Split)}
+        present = {name: split for name, split in present.items() if isinstance(split, Split)}
+        return present | self.more
 
     def evaluated(self) -> dict[str, Split]:
         """The splits on which the network is evaluated: all but DFR's."""
         return {name: split for name, split in self.named().items() if name != "dfr"}
 
+    def changed(self, change) -> "Splits":
+        """The same with `change(name, split)` in place of every split."""
+        changed = {name: change(name, split) for name, split in self.named().items()}
+        more = {name: changed.pop(name) for name in self.more}
+        return replace(self, **changed, more=more)
+
     def to(self, device) -> "Splits":
         """The same splits with their tensors on `device`."""
-        moved = {name: split.to(device) for name, split in self.named().items()}
-        return replace(self, **moved)
+        moved = self.changed(lambda _, split: split.to(device))
+        moved.masks = None if self.masks is None else self.masks.to(device)
+        return moved
 
     def fingerprint(self) -> str:
         """SHA-256 that changes with any sample, label, attribute or count of any split."""
