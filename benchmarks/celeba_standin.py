@@ -5,7 +5,7 @@
 Every attribute is a patch at a place of its own, brighter where a face has it. A planted pair
 label:shortcut agrees in a share `AGREE` of the faces (-1: disagrees), and the label's patch is
 fainter than the shortcut's and so noisy that it tells the label in 84 % of the faces only: a
-network takes to the shortcut first, and gains by it. All other attributes are independent and clear.
+network takes to the shortcut first, and gains by it. All others are independent and clear.
 """
 
 import csv
