@@ -35,6 +35,7 @@ GroupPair = Annotated[list[Cell], Field(min_length=2, max_length=2)]
 GroupPairs = Annotated[list[GroupPair], Field(max_length=12)]
 Epochs = Annotated[list[Epoch], Field(max_length=1000)] | None
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+=-]{0,99}$")]
+TaskWeight = Annotated[float, Field(ge=0, le=1)]
 WORD = "[A-Za-z0-9_]{1,100}"
 Grouping = Annotated[str, StringConstraints(pattern=rf"^{WORD}:{WORD}(,{WORD}){{0,5}}$")]
 LayerName = Annotated[str, StringConstraints(pattern=r"^(last_hidden|layer_[0-9]{1,3})$")]
@@ -344,6 +345,11 @@ class Config(Section):
     jtt_weight_decay: Annotated[float, Field(ge=0, le=1e3)] | None = key(
         None, "weight decay of the identification network; null = weight_decay"
     )
+    jtt_join: Literal["xor", "inv", "task"] = key(
+        "xor",
+        "weight of a sample in JTT with several tasks: 1 if an odd number of them gets it wrong, "
+        "1/number of them, or their validation losses' share",
+    )
     jtt_error_set: Text | None = key(
         None,
         "jtt_error_set.csv of another run on the same training split; null = identify",
@@ -356,6 +362,19 @@ class Config(Section):
         "linear",
         "weight of SCALE's train gradient, of its cosine c with the target gradient: "
         "(c+1)/2, max(c,0), c, 1 if c > 0",
+    )
+    task_weights: Annotated[list[TaskWeight], Field(max_length=100)] | None = key(
+        None, "weights of several tasks' losses, all 1 or 1 in all; null = all 1"
+    )
+    loss_balanced_task_weighting: bool = key(
+        False,
+        "weight of a task in a step = (its loss / that of the epoch's first batch)^lbtw_alpha",
+    )
+    lbtw_alpha: Annotated[float, Field(ge=0, le=100)] = key(0.5, "exponent of that weighting")
+    task_weighting: Literal["fixed", "delta"] = key(
+        "fixed",
+        "delta = softmax over the tasks of δ/100, how spurious each is on validation data, anew "
+        "every epoch",
     )
     epochs: Epoch = key(20, "passes over the training data; a full-batch epoch is one step")
     train_batch_size: Count | None = key(
@@ -376,6 +395,11 @@ class Config(Section):
     )
     early_stopping_patience: Annotated[int, Field(ge=1, le=1_000_000)] | None = key(
         None, "epochs without a smaller validation loss after which training ends; null = never"
+    )
+    best_epoch_by: Literal["worst_acc", "avg_acc", "minority_acc"] | None = key(
+        None,
+        "validation accuracy that tells the best epoch; null = worst_acc, with more than four "
+        "groups minority_acc",
     )
     checkpoint_every: Annotated[int, Field(ge=1, le=1_000_000)] | None = key(
         10, "epochs between checkpoints; null = only at the end and when stopped by a signal"

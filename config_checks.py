@@ -15,6 +15,7 @@ from config_facts import (
     HAS_TARGET,
     RESNET_MAPS,
     RESNETS,
+    SEVERAL_TASKS_METHODS,
     TARGET_METHODS,
     VIT_BLOCKS,
 )
@@ -146,9 +147,53 @@ def _check_groupings(c):
         yield "spurious_strength: given 0; allowed with drawn splits of CelebA: above 0, up to 1"
 
 
+def _several_tasks(c) -> bool:
+    return c["dataset_name"] == "CelebA" and len(c["groupings"]) > 1
+
+
 def _check_several_tasks(c):
-    if c["dataset_name"] == "CelebA" and len(c["groupings"]) > 1:
-        yield f"groupings: given {len(c['groupings'])} tasks; allowed so far: one"
+    if not _several_tasks(c):
+        return
+    if c["debias_method"] not in SEVERAL_TASKS_METHODS:
+        yield (
+            f"debias_method: given {c['debias_method']}; allowed with several tasks: "
+            f"{', '.join(SEVERAL_TASKS_METHODS)}"
+        )
+    if c["loss_function"] == "cross_entropy":
+        yield "loss_function: given cross_entropy; allowed with several tasks: logistic, mse"
+    if c["use_dfr"]:
+        yield "use_dfr: given true; allowed with several tasks: false"
+    if c["train_batch_size"] is None:
+        yield "train_batch_size: given null; allowed with several tasks: a whole number"
+    if c["debias_method"] == "JTT" and c["jtt_join"] == "task" and c["num_val_samples"] == 0:
+        yield "num_val_samples: given 0, but jtt_join: task needs validation data"
+
+
+def _check_task_weights(c):
+    weights, number = c["task_weights"], len(c["groupings"])
+    if not _several_tasks(c):
+        return
+    ones = not weights or all(w == 1 for w in weights)
+    if weights and (len(weights) != number or not (ones or abs(sum(weights) - 1) <= 1e-6)):
+        yield (
+            f"task_weights: given {show(weights)}; allowed: null, or {number} weights, all 1 or "
+            "adding up to 1"
+        )
+    elif not ones and c["loss_balanced_task_weighting"]:
+        yield (
+            f"task_weights: given {show(weights)}; allowed with loss_balanced_task_weighting: all 1"
+        )
+    if c["task_weighting"] != "delta":
+        return
+    if not ones or c["loss_balanced_task_weighting"]:
+        yield (
+            "task_weighting: given delta, which makes the weights; allowed with task_weights or "
+            "loss_balanced_task_weighting: fixed"
+        )
+    if c["num_val_samples"] == 0:
+        yield "num_val_samples: given 0, but task_weighting: delta needs validation data"
+    if any("," in text for text in c["groupings"]):
+        yield "groupings: task_weighting: delta needs one shortcut attribute for each task"
 
 
 def _check_loss(c):
@@ -179,6 +224,8 @@ def _check_scalar(c):
     reason = None
     if c["loss_function"] == "cross_entropy":
         reason = "loss_function cross_entropy"
+    elif _several_tasks(c):
+        reason = "several tasks"
     elif c["dataset_name"] == "CelebA" and "," in "".join(c["groupings"]):
         reason = "more than one shortcut attribute"
     if reason and asked:
@@ -331,6 +378,7 @@ CHECKS = [
     _check_target_size,
     _check_groupings,
     _check_several_tasks,
+    _check_task_weights,
     _check_image_size,
     _check_loss,
     _check_labels,
@@ -351,6 +399,10 @@ CHECKS = [
     lambda c: _check_pairs(c, "static_dynamic_decomposition"),
     _check_memory,
 ]
+
+
+def _has_tasks(c) -> bool:
+    return c.dataset_name == "CelebA" and len(c.groupings) > 1
 
 
 def _is_drawn(c) -> bool:
@@ -454,6 +506,21 @@ EFFECT = [
     ),
     (lambda c: c.debias_method == "GroupDRO", "only for GroupDRO", ["dro_eta_q"]),
     (lambda c: c.debias_method == "JTT", "only for JTT", ["jtt_lambda_up", "jtt_error_set"]),
+    (
+        lambda c: c.debias_method == "JTT" and _has_tasks(c),
+        "only for JTT with several tasks",
+        ["jtt_join"],
+    ),
+    (
+        _has_tasks,
+        "only for several tasks",
+        ["task_weights", "loss_balanced_task_weighting", "task_weighting"],
+    ),
+    (
+        lambda c: _has_tasks(c) and c.loss_balanced_task_weighting,
+        "only with loss_balanced_task_weighting",
+        ["lbtw_alpha"],
+    ),
     (
         lambda c: c.debias_method == "JTT" and c.jtt_error_set is None,
         "only for JTT without jtt_error_set",

@@ -41,6 +41,7 @@ RESNETS = ("ResNet18", "ResNet50")
 # Networks that are trained on pictures, from the pixels on.
 END_TO_END = ("ConvNet", *RESNETS)
 BATCH_NORM = RESNETS  # networks that need mini-batches with the groups mixed
+SEVERAL_TASKS_METHODS = ("None", "RWY", "SUBY", "JTT")  # for several tasks at once
 TARGET_METHODS = ("ERM_target", "SCALE")  # train on a target set
 
 ANALYSES = (

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import logging
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -41,20 +42,54 @@ def identify(splits: Splits, config: Config, run, device: str) -> Splits:
     path, digest = run.folder / FILE, splits.train.digest()
     if not path.exists():
         if config.jtt_error_set is None:
-            wrong = _train(splits, config, run, device)
+            wrong, losses = _train(splits, config, run, device)
         else:
-            wrong = read(config.jtt_error_set, splits, digest)
+            given = Path(config.jtt_error_set)
+            wrong = read(given, splits, digest)
+            names = [task.name for task in splits.tasks]
+            losses = dict(zip(names, _losses(given, splits, config) or []))
         if run.leads:
-            _write(path, wrong, splits, digest)
+            _write(path, wrong, splits, {"train_sha256": digest, "val_losses": losses})
     distributed.barrier()  # all read what the first rank has written
     wrong = read(path, splits, digest)
     for name, rates in error_rates(wrong, splits).items():
         log.info("JTT error set of %s: %s", name, rates)
-    missed = wrong.any(1)
-    if not missed.any():
+    if not wrong.any():
         log.warning("JTT: the identification network made no error, so this is plain ERM")
-    repeats = torch.where(missed, config.jtt_lambda_up, 1)
-    return replace(splits, repeats=repeats)
+    weights = joined(wrong, config.jtt_join, _losses(path, splits, config))
+    return replace(splits, repeats=(config.jtt_lambda_up * weights + 1e-9).long().clamp_min(1))
+
+
+def joined(wrong: torch.Tensor, join: str, losses: list[float] | None) -> torch.Tensor:
+    """Weight of every sample, (N,) float64, from the tasks that miss it, (N, tasks) bool.
+
+    xor: 1 where an odd number of tasks does; inv: 1/(number of tasks that do); task: the sum over
+    the tasks that do of their validation losses, normalised to Σ = 1. 0 where none does.
+    """
+    missed = wrong.sum(1).double()
+    if join == "xor" or wrong.shape[1] == 1:
+        return missed % 2
+    if join == "inv":
+        return torch.where(missed > 0, 1 / missed.clamp_min(1), 0.0)
+    shares = torch.tensor(losses, dtype=torch.float64)
+    return wrong.double() @ (shares / shares.sum())
+
+
+def _losses(path: Path, splits: Splits, config: Config) -> list[float] | None:
+    """Validation losses of the identification network by task, where joining needs them."""
+    if config.jtt_join != "task" or len(splits.tasks) == 1:
+        return None
+    try:
+        about = json.loads(path.with_name(ABOUT).read_text(encoding="utf-8"))
+        found = [float(about["val_losses"][task.name]) for task in splits.tasks]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"jtt_join: task needs the validation losses in {path.with_name(ABOUT)} ({error}); "
+            "allowed without them: xor, inv"
+        ) from None
+    if not all(math.isfinite(loss) and loss >= 0 for loss in found) or not sum(found):
+        raise UserError(f"{path.with_name(ABOUT)}: losses {found} are not usable")
+    return found
 
 
 def stage_config(config: Config) -> Config:
@@ -63,27 +98,37 @@ def stage_config(config: Config) -> Config:
     changed = {
         "debias_method": "None",
         "epochs": config.jtt_epochs,
+        "early_stopping_patience": None,
         "learning_rate": config.learning_rate if rate is None else rate,
         "weight_decay": config.weight_decay if decay is None else decay,
     }
     return config.model_copy(update=changed | {f"analyze_{name}": False for name in ANALYSES})
 
 
-def _train(splits: Splits, config: Config, run, device: str) -> torch.Tensor:
-    """Which training samples, (N, tasks) bool, a network trained by ERM gets wrong."""
+def _train(splits: Splits, config: Config, run, device: str):
+    """(training samples, (N, tasks) bool, that a network trained by ERM gets wrong; its validation
+    losses by task, if there are validation data)."""
     config = stage_config(config)
     network = model.build_for(config, splits).to(device)
     log.info("JTT, identification: %d epochs of ERM", config.epochs)
     part = run.part("identification")
     try:
         with run.timed("identification"):
-            trainer.train(network, splits, config, part)
+            summaries, _ = trainer.train(network, splits, config, part)
     except trainer.Diverged as error:
         raise trainer.Diverged(f"the identification network of JTT: {error}") from None
     finally:
         part.close()
     f = metrics.outputs(network, splits.train, config.eval_batch_size)
-    return ~metrics.correct(f, splits.train.y).view(len(f), -1).cpu()
+    y, f = splits.train.y.view(len(f), -1), f.view(len(f), -1)
+    wrong = torch.stack([~metrics.correct(f[:, t], y[:, t]) for t in range(y.shape[1])], dim=1)
+    val, prefixed = summaries.get("val", {}), len(splits.tasks) > 1
+    losses = {
+        task.name: val[f"{task.name}_avg_loss" if prefixed else "avg_loss"]
+        for task in splits.tasks
+        if val
+    }
+    return wrong.cpu(), losses
 
 
 def _groups(splits: Splits) -> torch.Tensor:
@@ -107,14 +152,14 @@ def error_rates(wrong: torch.Tensor, splits: Splits) -> dict[str, str]:
     return told
 
 
-def _write(path: Path, wrong: torch.Tensor, splits: Splits, digest: str) -> None:
+def _write(path: Path, wrong: torch.Tensor, splits: Splits, about: dict) -> None:
     group = _groups(splits)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for index, t in wrong.nonzero().tolist():
         writer.writerow([index, splits.tasks[t].name, group[index, t].item()])
-    files.write_text(path.with_name(ABOUT), json.dumps({"train_sha256": digest}) + "\n")
+    files.write_text(path.with_name(ABOUT), json.dumps(about) + "\n")
     files.write_text(path, text.getvalue())
 
 

@@ -148,6 +148,26 @@ def summary(f: torch.Tensor, split, loss: Loss, train_shares) -> dict[str, float
     return result
 
 
+def task_summaries(f: torch.Tensor, split, tasks, loss: Loss, train) -> dict[str, float]:
+    """`summary` of every task's outputs (N, T), with the task's name before each quantity.
+
+    Without a name: means over the tasks, for `worst_*` the worst task's.
+    """
+    found, result = [], {}
+    for t, task in enumerate(tasks):
+        order, part = split.of_task(t, task)
+        shares = train.of_task(t, task)[1].shares
+        found.append(summary(f[order, t], part, loss, shares))
+    for name in ("avg_loss", "worst_loss", "avg_acc", "worst_acc", "adjusted_acc", "minority_acc",
+                 "majority_acc"):  # fmt: skip
+        values = [summary[name] for summary in found]
+        extreme = {"worst_loss": max, "worst_acc": min}.get(name)
+        result[name] = worst(extreme, values) if extreme else math.fsum(values) / len(values)
+    for task, values in zip(tasks, found):
+        result |= {f"{task.name}_{name}": value for name, value in values.items()}
+    return result
+
+
 def weighted(values, weights) -> float:
     """Σ w_g v_g over the groups with a weight, so that an empty group without one does no harm."""
     return math.fsum(w * v for w, v in zip(weights, values) if w)

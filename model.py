@@ -279,7 +279,7 @@ def _check_memory(config: Config, inputs: int, num_outputs: int) -> None:
 
 def build_for(config: Config, splits) -> nn.Module:
     """The network for the pictures or features and the labels of these `splits.Splits`."""
-    outputs = num_outputs(config, splits.num_classes)
+    outputs = num_outputs(config, splits.num_classes, len(splits.tasks))
     network = build(config, splits.train.inputs.shape[1:], outputs)
     if distributed.grouped() and config.model_name in BATCH_NORM:
         if dist.get_backend() == "gloo":
@@ -314,9 +314,9 @@ def _seeded(*purpose):
         yield
 
 
-def num_outputs(config: Config, num_classes: int) -> int:
-    """How many outputs the loss takes: one for labels -1 and +1, else one a class."""
-    return num_classes if config.loss_function == "cross_entropy" else 1
+def num_outputs(config: Config, num_classes: int, num_tasks: int = 1) -> int:
+    """How many outputs the loss takes: one a task for labels -1 and +1, else one a class."""
+    return num_classes if config.loss_function == "cross_entropy" else num_tasks
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict]:

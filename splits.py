@@ -95,6 +95,21 @@ class Split:
         inputs = self.inputs[index] if there else self.inputs.subset(index)
         return self._with(lambda part: part[index], inputs, counts)
 
+    def of_task(self, t: int, task: Task) -> tuple[torch.Tensor, "Split"]:
+        """(order, the labels of task t in this order, group by group), where there are several."""
+        group = self.task_groups[:, t]
+        order = torch.argsort(group, stable=True)
+        counts = torch.bincount(group, minlength=len(task.cells)).tolist()
+        part = replace(
+            self,
+            y=self.y[order, t],
+            a=self.a[order, t],
+            counts=counts,
+            minority=task.minority,
+            task_groups=None,
+        )
+        return order, part
+
     def augmented(self, seed: int) -> "Split":
         """The split with randomly changed pictures for training; itself if its inputs have none.
 

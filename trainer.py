@@ -246,10 +246,9 @@ class _Training:
         losses = metrics.group_losses(summaries["train"])
         finite = math.isfinite(summaries["train"]["avg_loss"])
         train = self.splits.train
-        # Of the step from here to the next epoch.
-        weights = (
-            self.method.flow_weights(losses, train.counts) if finite else [math.nan] * len(losses)
-        )
+        weights = [math.nan] * len(losses)
+        if finite and losses:  # of the step from here to the next epoch
+            weights = self.method.flow_weights(losses, train.counts)
         row = {"epoch": epoch}
         for name, summary in summaries.items():
             row |= {f"{name}_{quantity}": value for quantity, value in summary.items()}
@@ -277,6 +276,7 @@ class _Training:
             self.grams[epoch] = (measurement.K, measurement.K_jacobian)
         loss = summaries.get("val", {}).get("avg_loss", math.inf)
         with whole_step():
+            self.method.end_epoch(summaries)
             self.lowest = min(self.lowest, (loss, epoch))
             self.epoch, self.step, self.summaries = epoch, 0, summaries
             self.sizes = self.run.sizes()
@@ -301,7 +301,12 @@ class _Training:
             f = measurement.outputs.get(name)
             if f is None:
                 f = metrics.outputs(self.model, split, self.config.eval_batch_size)
-            summaries[name] = metrics.summary(f, split, self.loss, self.splits.train.shares)
+            train, tasks = self.splits.train, self.splits.tasks
+            if len(tasks) > 1:
+                found = metrics.task_summaries(f, split, tasks, self.loss, train)
+            else:
+                found = metrics.summary(f, split, self.loss, train.shares)
+            summaries[name] = found
         return summaries
 
     def change(self, before, after):
@@ -321,7 +326,7 @@ class _Training:
         """Keep the network in `checkpoints/best.pt` when validation accuracy is the best so far."""
         if "val" not in summaries:
             return
-        score = summaries["val"][selection_metric(self.splits)]
+        score = summaries["val"][selection_metric(self.splits, self.config)]
         if score > self.best.get("score", -math.inf):
             best = {"epoch": epoch, "score": score, "summaries": summaries}
             if self.leads:
@@ -413,21 +418,24 @@ def takes_full_batch(config: Config, method) -> bool:
     """Whether an epoch is one step on the whole split.
 
     Not with batch norm, which needs the groups mixed: there the whole split is one batch; nor where
-    samples are weighted by drawing them.
+    samples are weighted by drawing them, or several tasks are weighted.
     """
     size = config.train_batch_size
-    if config.model_name in BATCH_NORM or method.samples:
+    if config.model_name in BATCH_NORM or method.samples or len(method.splits.tasks) > 1:
         return False
     by_groups = method.weights_groups and config.group_batches == "full"
     return by_groups or size is None or size >= len(method.source)
 
 
-def selection_metric(splits: Splits) -> str:
-    """What the best epoch is chosen by: the worst of four groups, of more the minority.
+def selection_metric(splits: Splits, config: Config) -> str:
+    """What the best epoch is chosen by: `best_epoch_by`, else the worst of four groups, of more
+    the minority.
 
     The worst of a hundred groups with a handful of samples each says nothing. Without a minority
     in the validation data the groups that are there are few again: one a label.
     """
+    if config.best_epoch_by:
+        return config.best_epoch_by
     few = len(splits.cells) <= 4 or not splits.val.in_minority.any()
     return "worst_acc" if few else "minority_acc"
 

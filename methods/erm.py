@@ -7,6 +7,7 @@ import torch
 import distributed
 import groups
 from errors import DataError
+from methods.task_weights import TaskWeights
 
 
 class ERM:
@@ -21,6 +22,7 @@ class ERM:
         """splits: a `splits.Splits`; raises `DataError` if they do not suit the method."""
         self.config, self.splits = config, splits
         self.counts = list(splits.train.counts)
+        self.tasks = TaskWeights(config, splits)
 
     @property
     def source(self):
@@ -60,10 +62,16 @@ class ERM:
 
     def start_epoch(self, epoch: int, first: int) -> None:
         """Called before the steps of an epoch from the step `first` on."""
+        self.tasks.start_epoch(first)
+
+    def end_epoch(self, summaries) -> None:
+        """Called after every epoch's evaluation, with its summaries by split."""
+        self.tasks.end_epoch(summaries, self.splits)
 
     def backward(self, model, loss, x, y, group) -> None:
         """Fill the gradients for a step on a batch: inputs x (B, ...), labels y, groups (B,)."""
-        self.batch_loss(loss.value(model(x), y), group).backward()
+        losses = self.tasks.combine(loss.value(model(x), y))
+        self.batch_loss(losses, group).backward()
         distributed.sum_gradients(model.parameters())
 
     def measured(self) -> dict[str, float]:
@@ -72,10 +80,11 @@ class ERM:
 
     def state(self) -> dict:
         """What a checkpoint has to hold of the method."""
-        return {}
+        return self.tasks.state()
 
     def load_state(self, state: dict) -> None:
         """Take back what `state` gave."""
+        self.tasks.load_state(state)
 
 
 class ERMTarget(ERM):

@@ -10,12 +10,25 @@ import torch
 
 import groups
 from config import derive_seed
+from methods import entropy
 from methods.erm import ERM
 
 
 def classes(split) -> torch.Tensor:
-    """Class index of every group of a split's cells, from the labels of its samples, (N,)."""
-    return torch.unique(split.y, return_inverse=True)[1]
+    """Class index of every sample, of several tasks the index of its pattern of labels, (N,)."""
+    dim = 0 if split.y.dim() > 1 else None
+    return torch.unique(split.y, dim=dim, return_inverse=True)[1]
+
+
+def label_shares(split, tasks) -> torch.Tensor:
+    """How likely each class (or pattern of labels) is to be when the classes are equally likely."""
+    if split.y.dim() == 1:
+        there = len(split.y.unique())
+        return torch.full((there,), 1 / there, dtype=torch.float64)
+    patterns, counts = torch.unique(split.y.cpu(), dim=0, return_counts=True)
+    names = [task.name for task in tasks]
+    weights = entropy.pattern_weights(patterns.numpy(), counts.numpy(), names)
+    return torch.from_numpy(weights * counts.numpy())
 
 
 class RWG(ERM):
@@ -31,13 +44,16 @@ class RWG(ERM):
         there = sum(count > 0 for count in counts)
         return [float(count > 0) / there for count in counts]
 
+    def shares(self, sizes: torch.Tensor) -> torch.Tensor:
+        """How likely each set is to be drawn, from their sizes, (sets,)."""
+        return (sizes > 0).double()
+
     def order(self, generator) -> torch.Tensor:
-        """As many draws as there are samples, with probability 1/(sets · samples of its set)."""
+        """As many draws as there are samples: a set by its share, then one of its samples."""
         cell = self.cells(self.source).cpu()
         sizes = torch.bincount(cell)
-        # A set uniformly, then one of its samples: exact, and no table of a probability a sample.
-        there = torch.nonzero(sizes)[:, 0]
-        drawn = there[torch.randint(len(there), (len(cell),), generator=generator)]
+        shares = self.shares(sizes)
+        drawn = torch.multinomial(shares, len(cell), replacement=True, generator=generator)
         members = torch.argsort(cell, stable=True)
         starts = sizes.cumsum(0) - sizes
         within = torch.rand(len(cell), generator=generator, dtype=torch.float64) * sizes[drawn]
@@ -45,10 +61,20 @@ class RWG(ERM):
 
 
 class RWY(RWG):
-    """Batches are drawn with replacement, so that every class is as likely as another."""
+    """Batches are drawn with replacement, so that every class is as likely as another.
+
+    Of several tasks those of each task are, with the weights of maximal entropy.
+    """
+
+    def __init__(self, config, splits):
+        super().__init__(config, splits)
+        self.label_shares = label_shares(splits.train, splits.tasks)
 
     def cells(self, split) -> torch.Tensor:
         return classes(split)
+
+    def shares(self, sizes: torch.Tensor) -> torch.Tensor:
+        return self.label_shares
 
     def flow_weights(self, group_losses, counts) -> list[float]:
         labels = [y for y, _ in self.splits.cells]
@@ -63,18 +89,22 @@ class SUBG(ERM):
     def __init__(self, config, splits):
         super().__init__(config, splits)
         train = splits.train
-        cell = self.cells(train).cpu().numpy()
         rng = np.random.default_rng(derive_seed(config.seed, "subset"))
-        sizes = np.bincount(cell)
-        smallest = sizes[sizes > 0].min()
-        chosen = [rng.permutation(np.flatnonzero(cell == c))[:smallest] for c in range(len(sizes))]
-        rows = np.sort(np.concatenate(chosen))  # so that groups stay together
+        rows = np.sort(self.chosen(train, rng))  # so that groups stay together
         group = train.group.cpu().numpy()
         counts = np.bincount(group[rows], minlength=len(train.counts)).tolist()
         self.subset = train.subset(torch.from_numpy(rows).to(train.y.device), counts)
 
     def cells(self, split) -> torch.Tensor:
         return split.group
+
+    def chosen(self, train, rng) -> np.ndarray:
+        """The rows of the subset."""
+        cell = self.cells(train).cpu().numpy()
+        sizes = np.bincount(cell)
+        smallest = sizes[sizes > 0].min()
+        chosen = [rng.permutation(np.flatnonzero(cell == c))[:smallest] for c in range(len(sizes))]
+        return np.concatenate(chosen)
 
     @property
     def source(self):
@@ -88,7 +118,18 @@ class SUBG(ERM):
 
 
 class SUBY(SUBG):
-    """ERM on a random subset in which all classes are as large as the smallest one."""
+    """ERM on a random subset in which all classes are as large as the smallest one.
+
+    Of several tasks a sample with the weight w of maximal entropy stays with probability w/max w.
+    """
 
     def cells(self, split) -> torch.Tensor:
         return classes(split)
+
+    def chosen(self, train, rng) -> np.ndarray:
+        if train.y.dim() == 1:
+            return super().chosen(train, rng)
+        pattern = classes(train).cpu().numpy()
+        weights = label_shares(train, self.splits.tasks).numpy() / np.bincount(pattern)
+        kept = rng.random(len(pattern)) < weights[pattern] / weights.max()
+        return np.flatnonzero(kept)

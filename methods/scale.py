@@ -88,6 +88,7 @@ class SCALE(ERMTarget):
         return [p for p in self.train_head.parameters() if p.requires_grad]
 
     def start_epoch(self, epoch: int, first: int) -> None:
+        super().start_epoch(epoch, first)
         if first == 0:
             self.steps = 0
             self.cosine_sums.zero_()

@@ -116,11 +116,9 @@ def test_minority_groups_by_hand():
 
 
 def test_data_of_several_tasks(faces):
-    """The data give them, whether or not they can be trained on."""
     folder, values = faces
-    config = configuration.validate(keys(folder, **NO_ANALYSES))
-    config = config.model_copy(update={"groupings": ["Blond_Hair:Male", "Smiling:Male,Young"]})
-    splits = data_loader.load(config)
+    two = ["Blond_Hair:Male", "Smiling:Male,Young"]
+    splits = load(folder, groupings=two, use_dfr=False, **NO_ANALYSES)
     assert [task.name for task in splits.tasks] == ["Blond_Hair", "Smiling"]
     assert [len(task.cells) for task in splits.tasks] == [4, 8]
     for split in splits.named().values():
