@@ -1,0 +1,1 @@
+"""Many runs: planning them, launching them, collecting and searching."""
