@@ -1,1 +1,1 @@
-"""Many runs: planning them, launching them, collecting and searching."""
+"""Sweeps: many settings, many seeds, on this machine or a cluster."""

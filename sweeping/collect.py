@@ -46,7 +46,7 @@ class Sweep:
     keys: the swept ones. settings: {"setting", "name", "overrides"}, in order. runs: one row a job
     (`RUN_COLUMNS`, then the final metrics of finished runs, else NaN). metric: by what settings are
     judged, `worst_acc`, or `minority_acc` as soon as any run has more than four groups (see
-    `trainer.selection_metric`).
+    `trainer.selection_metric`). notes: what else there is to tell of it.
     """
 
     folder: Path
@@ -55,6 +55,7 @@ class Sweep:
     settings: list[dict]
     runs: pd.DataFrame
     metric: str
+    notes: list[str]
 
     def done(self, setting: int) -> pd.DataFrame:
         """The rows of a setting's finished runs."""
@@ -84,7 +85,11 @@ def collect(folder: Path) -> None:
 
 def read(folder: Path) -> Sweep:
     """The manifest and the final metrics of every finished run of a sweep."""
-    manifest = plan.read_manifest(folder)
+    manifest, notes = plan.read_manifest(folder), []
+    if manifest["optuna"]:
+        from sweeping import search  # with optuna, slow to import
+
+        manifest, notes = search.with_trials(folder, manifest)
     rows, metric = [], "worst_acc"
     for job in manifest["jobs"]:
         row = {name: job.get(name) for name in RUN_COLUMNS} | {"state": "waiting"}
@@ -101,7 +106,8 @@ def read(folder: Path) -> Sweep:
         rows.append(row)
     columns = dict.fromkeys([*RUN_COLUMNS, *(name for row in rows for name in row)])
     runs = pd.DataFrame(rows, columns=list(columns))
-    return Sweep(folder, manifest["name"], manifest["keys"], manifest["settings"], runs, metric)
+    settings = manifest["settings"]
+    return Sweep(folder, manifest["name"], manifest["keys"], settings, runs, metric, notes)
 
 
 _is_test_group = re.compile(r"test_group_\d+_acc").fullmatch
@@ -201,7 +207,7 @@ def caption(sweep: Sweep, summary: pd.DataFrame, best: int | None) -> list[str]:
     """What the tables are, how the best setting was chosen, what is missing; a line each."""
     judged = {"worst_acc": "worst-group", "minority_acc": "minority"}[sweep.metric]
     lines = [
-        f"Sweep {sweep.name}: mean ± standard deviation over seeds (n − 1), and the 95% bootstrap "
+        f"Sweep {sweep.name}: mean ± standard deviation over seeds (n - 1), and the 95% bootstrap "
         "interval of the mean."
     ]
     if best is not None:
@@ -216,6 +222,7 @@ def caption(sweep: Sweep, summary: pd.DataFrame, best: int | None) -> list[str]:
         )
     if sweep.metric == "minority_acc":
         lines.append("More than four groups: settings are judged by the minority, not the worst.")
+    lines += sweep.notes
     missing = sweep.runs[sweep.runs.state != "done"]
     if len(missing):
         each = [f"{job} {state}" for job, state in zip(missing.job, missing.state)]
@@ -247,19 +254,20 @@ def _columns(sweep: Sweep) -> list[str]:
     return [n for n in told if not n.startswith("best_") or n == f"best_test_{sweep.metric}"]
 
 
-def heading(quantity: str) -> str:
-    """What a quantity is called: `best_test_worst_acc` is `test worst group, best epoch`."""
+def heading(quantity: str) -> list[str]:
+    """What a quantity is called: `best_test_worst_acc` is test, worst group, best epoch."""
     best, split, metric = re.fullmatch(r"(best_|)(test|val)_(\w+)", quantity).groups()
     split = {"val": "validation"}.get(split, split)
-    return f"{split} {METRICS[metric]}" + ", best epoch" * bool(best)
+    return [split, METRICS[metric], *["best epoch"] * bool(best)]
 
 
 def _lines(sweep: Sweep, summary: pd.DataFrame):
-    """The readable tables: their headings, then (setting, first cells, (mean ± std, interval)s)."""
+    """The readable tables: headings (each a list), (setting, words, (mean ± std, interval)s)."""
     retrained = any(_there(sweep, name) for name in quantities(sweep) if name.startswith("dfr_"))
     stages = {"": "before", "dfr_": "after"} if retrained else {"": ""}
     overrides = {row["setting"]: row["overrides"] for row in sweep.settings}
-    heads = [*sweep.keys, "seeds", *["DFR"] * retrained, *map(heading, _columns(sweep))]
+    words = [*sweep.keys, "seeds", *["DFR"] * retrained]
+    heads = [*([word] for word in words), *map(heading, _columns(sweep))]
     lines = []
     for row in summary.to_dict("records"):
         first = [figures.shown(overrides[row["setting"]].get(key)) for key in sweep.keys]
@@ -281,7 +289,7 @@ def markdown(sweep: Sweep, summary: pd.DataFrame, best: int | None, notes: list[
     """The table for people, the best setting in bold, above it its caption."""
     heads, rows = _lines(sweep, summary)
     lines = ["  \n".join(map(_markdown, notes)), ""]
-    lines += [_line(map(_markdown, heads)), _line(["---"] * len(heads))]
+    lines += [_line(_markdown(" ".join(head)) for head in heads), _line(["---"] * len(heads))]
     for setting, first, cells in rows:
         texts = [_markdown(text) for text in [*first, *map(" ".join, cells)]]
         lines.append(
@@ -306,11 +314,13 @@ def latex(sweep: Sweep, summary: pd.DataFrame, best: int | None, notes: list[str
         "% made by python sweep.py --collect",
         r"\begin{table}",
         rf"\caption{{{escape(' '.join(notes))}}}",
-        r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
+        r"\centering\scriptsize\setlength{\tabcolsep}{2pt}",
         rf"\begin{{tabular}}{{{'l' * words + 'c' * len(_columns(sweep))}}}",
         r"\hline",
-        " & ".join(map(escape, heads)) + r" \\",
     ]
+    for below in range(max(map(len, heads))):
+        parts = (head[below] if below < len(head) else "" for head in heads)
+        lines.append(" & ".join(map(escape, parts)) + r" \\")
     before = None
     for setting, first, cells in rows:
         if setting != before:
@@ -327,5 +337,6 @@ def latex(sweep: Sweep, summary: pd.DataFrame, best: int | None, notes: list[str
 
 
 def escape(text: str) -> str:
-    """The text for LaTeX."""
-    return "".join(LATEX.get(character, character) for character in text)
+    """The text for LaTeX; what it has no letter for by its number."""
+    told = (c if c.isascii() or "À" <= c <= "ÿ" else f"[U+{ord(c):04X}]" for c in text)
+    return "".join(LATEX.get(c) or t for c, t in zip(text, told))

@@ -70,6 +70,9 @@ def write_sweep(
     keys = list(dict.fromkeys(key for overrides in settings for key in overrides))
     manifest = {
         "name": "example",
+        "config": "config.yaml",
+        "base_overrides": [],
+        "seeds": list(range(seeds)),
         "keys": keys,
         "settings": [
             {"setting": number, "name": name_of(overrides), "overrides": overrides}
@@ -249,7 +252,7 @@ def test_of_many_groups_the_minority_decides(tmp_path, no_figures):
     collect.collect(tmp_path)
     text = (tmp_path / "summary.md").read_text()
     assert "highest mean validation minority accuracy" in text
-    assert "test worst group" in text and "test minority, best epoch" in text
+    assert "test worst group" in text and "test minority best epoch" in text
 
 
 def test_nothing_finished_is_told_not_guessed(tmp_path):
@@ -286,7 +289,9 @@ def test_latex_rows_have_as_many_cells_as_columns(tmp_path, no_figures):
     text = (tmp_path / "summary.tex").read_text()
     columns = re.search(r"\\begin\{tabular\}\{([lc]+)\}", text)[1]
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
-    assert len(rows) == 1 + 2 * 2 * 2  # the head; mean and interval, before and after DFR
+    assert (
+        len(rows) == 3 + 2 * 2 * 2
+    )  # the head in three lines; mean and interval, before and after DFR
     for row in rows:
         assert len(re.findall(r"(?<!\\)&", row)) == len(columns) - 1
         assert not row.startswith("[")
