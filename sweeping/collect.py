@@ -315,6 +315,7 @@ def latex(sweep: Sweep, summary: pd.DataFrame, best: int | None, notes: list[str
         r"\begin{table}",
         rf"\caption{{{escape(' '.join(notes))}}}",
         r"\centering\scriptsize\setlength{\tabcolsep}{2pt}",
+        r"\renewcommand{\arraystretch}{1.2}\makebox[\linewidth]{%",
         rf"\begin{{tabular}}{{{'l' * words + 'c' * len(_columns(sweep))}}}",
         r"\hline",
     ]
@@ -333,7 +334,7 @@ def latex(sweep: Sweep, summary: pd.DataFrame, best: int | None, notes: list[str
             below = ["{}"] * words + [interval for _, interval in cells]
             lines.append(" & ".join(below) + r" \\")
         before = setting
-    return "\n".join([*lines, r"\hline", r"\end{tabular}", r"\end{table}"]) + "\n"
+    return "\n".join([*lines, r"\hline", r"\end{tabular}}", r"\end{table}"]) + "\n"
 
 
 def escape(text: str) -> str:
