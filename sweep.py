@@ -51,6 +51,10 @@ def _dispatch(given, command: list[str]) -> int:
         slurm = manifest["cluster"]["slurm"] | given.slurm
     else:
         sweep = plan.read(given.file, given.overrides)
+        if sweep.optuna:
+            from sweeping import search
+
+            search.check(sweep.optuna, sweep.base, sweep.overrides, sweep.seeds)
         cluster, slurm = given.cluster or "local", sweep.slurm | given.slurm
         if cluster == "debug":
             _print_commands(sweep)

@@ -5,7 +5,6 @@ split none is named.
 """
 
 import json
-import logging
 import math
 import re
 from dataclasses import dataclass
@@ -16,11 +15,10 @@ import pandas as pd
 
 import files
 import tracking
+from command import tell
 from config import derive_seed
 from errors import UserError
 from sweeping import figures, plan
-
-log = logging.getLogger(f"spurious.{__name__}")
 
 RESAMPLES = 10_000
 # Columns of `runs.csv`; the swept keys come after the setting, the final metrics at the end.
@@ -78,9 +76,8 @@ def collect(folder: Path) -> None:
     files.write_text(sweep.folder / "summary.tex", latex(sweep, summary, best, notes))
     order = "first" if best is None else "best by validation"
     figures.draw(sweep, ranked(sweep, summary), order)
-    for line in notes:
-        log.info("%s", line)
-    log.info("Tables and plots: %s", sweep.folder)
+    tell(*notes)
+    tell(f"Tables and plots: {sweep.folder}", stream="stdout")
 
 
 def read(folder: Path) -> Sweep:
@@ -99,8 +96,8 @@ def read(folder: Path) -> Sweep:
             row |= {"state": status["state"], "folder": str(run.relative_to(folder))}
             if status["state"] == "done":
                 row |= status["summary"]
-                groups = [name for name in status["summary"] if _is_test_group(name)]
-                metric = "minority_acc" if len(groups) > 4 else metric
+                own = plan.selection_metric(status["summary"])
+                metric = own if own != "worst_acc" else metric
         if row["state"] != "done":
             row["state"] = _last_attempt(folder / job["folder"] / "job.json", row["state"])
         rows.append(row)
@@ -108,9 +105,6 @@ def read(folder: Path) -> Sweep:
     runs = pd.DataFrame(rows, columns=list(columns))
     settings = manifest["settings"]
     return Sweep(folder, manifest["name"], manifest["keys"], settings, runs, metric, notes)
-
-
-_is_test_group = re.compile(r"test_group_\d+_acc").fullmatch
 
 
 def _last_attempt(path: Path, state: str) -> str:

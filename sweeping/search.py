@@ -16,9 +16,9 @@ import csv
 import difflib
 import inspect
 import io
-import logging
 import math
-import re
+import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,17 +36,15 @@ from optuna.trial import TrialState
 
 import config as configuration
 import files
-import tracking
+from command import exit_code, tell
 from config import Config, derive_seed
 from errors import ConfigError
 from strict_yaml import show
-from sweeping import plan
-
-log = logging.getLogger(f"spurious.{__name__}")
+from sweeping import launch, plan
 
 JOURNAL = "optuna_journal.log"
 STUDY = "sweep"
-MAIN = [sys.executable, str(Path(__file__).parent.parent / "main.py")]
+WORKER = [sys.executable, "-m", "sweeping.search"]
 POLL = 1.0  # seconds between looks at what a child has recorded
 DEFAULTS = {"sampler": "TPESampler", "pruner": "MedianPruner"}
 KEYS = ("trials", "search_space", "sampler", "sampler_options", "pruner", "pruner_options")
@@ -68,10 +66,6 @@ class Section:
     space: dict
     sampler: Callable[[int], BaseSampler]
     pruner: optuna.pruners.BasePruner
-
-
-class Failed(Exception):
-    """A child did not finish."""
 
 
 def check(section, base, overrides, seeds: list[int]) -> Section:
@@ -191,31 +185,67 @@ def _problems_of_validation(config: Config):
         )
 
 
-def run(folder: Path, main=MAIN, poll: float = POLL) -> int:
-    """Work on the study of a sweep until all its trials are taken; any number may do so at once.
+def run(folder: Path, manifest: dict, at_once: int | None) -> int:
+    """Search with workers on this machine until all trials are taken; returns the exit code.
 
-    Writes `trials.csv`; returns how many trials of the study have failed. A failed trial counts
-    and does not stop the search. main: the command that takes the arguments of `main.py`. Raises
-    `ConfigError`, and `UserError` when the folder is no sweep.
+    at_once: workers, None = by cores and memory. More of them may work on the same folder from
+    other machines. Raises `ConfigError`, before anything starts.
+    """
+    section = check_manifest(folder, manifest)
+    gpus = launch.visible_gpus()
+    slots = min(at_once or launch.at_once(len(gpus)), section.trials)
+    threads = launch.thread_variables(max(1, launch.cores() // slots))
+    command = [*WORKER, str(folder)]
+    path = os.pathsep.join(filter(None, [str(launch.ROOT), os.environ.get("PYTHONPATH")]))
+    workers = []
+    try:
+        for slot in range(slots):
+            own = threads | launch.gpu_variable(gpus, slot) | {"PYTHONPATH": path}
+            environment = os.environ | {name: text for name, text in own.items() if text}
+            workers.append(subprocess.Popen(command, env=environment))
+        codes = [worker.wait() for worker in workers]
+    except BaseException as error:
+        for worker in workers:
+            worker.terminate()
+        for worker in workers:
+            worker.wait()
+        error.add_note("To resume:")
+        error.add_note(f"python sweep.py --resume {shlex.quote(str(folder))}")
+        raise
+    trials = table(folder)
+    counts = trials.state.value_counts()
+    told = ", ".join(f"{count} {state}" for state, count in counts.items())
+    tell(f"{len(trials)} trials: {told}", f"Results: {folder}", stream="stdout")
+    return int(any(codes) or "failed" in counts)
+
+
+def check_manifest(folder: Path, manifest: dict) -> Section:
+    """See `check`."""
+    base, overrides = Path(folder) / plan.BASE, manifest["base_overrides"]
+    return check(manifest["optuna"], base, overrides, manifest["seeds"])
+
+
+def work(folder: Path, poll: float = POLL) -> None:
+    """Take trials of a sweep's study, one after the other, until all are taken.
+
+    Any number of workers may do so at once, on any machine that has the folder. A failed trial
+    counts and does not stop the search. Whoever ends writes `trials.csv` and tells the best trial.
     """
     folder = Path(folder)
     manifest = plan.read_manifest(folder)
-    base, overrides = folder / plan.BASE, manifest["base_overrides"]
-    section = check(manifest["optuna"], base, overrides, manifest["seeds"])
+    section = check_manifest(folder, manifest)
     study = _open(folder, section)
     try:
         while claimed := _claim(folder, study, section):
             trial, lock = claimed
             try:
-                _work(folder, manifest, study, trial, main, poll)
+                _work(folder, manifest, study, trial, poll)
             finally:
                 lock.release()
     finally:
-        trials = table(folder, study)
-        text = trials.to_csv(index=False, na_rep="nan", lineterminator="\n")
+        text = table(folder, study).to_csv(index=False, na_rep="nan", lineterminator="\n")
         files.write_text(folder / "trials.csv", text)
     _tell_best(study)
-    return int((trials.state == "failed").sum())
 
 
 def _storage(folder: Path) -> JournalStorage:
@@ -262,7 +292,7 @@ def _claim(folder: Path, study: optuna.Study, section: Section):
                     attributes = {"continues": trial.number, "folder": _place(trial)}
                     study.enqueue_trial(trial.params, user_attrs=attributes)
                 study.tell(trial.number, state=TrialState.FAIL)
-                log.warning("Trial %d was abandoned; another one goes on with it", trial.number)
+                tell(f"Trial {trial.number}: abandoned, another one goes on with it")
         trials = study.get_trials(deepcopy=False)
         waiting = any(trial.state is TrialState.WAITING for trial in trials)
         if not waiting and len(trials) - len(_replaced(trials)) >= section.trials:
@@ -311,46 +341,47 @@ def _jobs(manifest: dict, trial) -> list[dict]:
     ]
 
 
-def _work(folder: Path, manifest: dict, study, trial, main, poll: float) -> None:
+def _work(folder: Path, manifest: dict, study, trial, poll: float) -> None:
     """Run a trial and tell the study how it went."""
-    log.info("Trial %d: %s", trial.number, _name(trial))
+    tell(f"Trial {trial.number}: {_name(trial)}")
     values = []
     try:
         for number, job in enumerate(_jobs(manifest, trial)):
             judge = trial if number == 0 else None
-            values.append(_run_job(folder, manifest, job, judge, main, poll))
+            values.append(_run_job(folder, job, judge, poll))
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
-        log.info("Trial %d: pruned", trial.number)
-    except Failed as error:
+        tell(f"Trial {trial.number}: pruned")
+    except launch.Failed as error:
         trial.set_user_attr("error", str(error))
         study.tell(trial, state=TrialState.FAIL)
-        log.warning("Trial %d: failed, %s", trial.number, error)
+        tell(f"Trial {trial.number}: failed, {error}")
     else:
         value = math.fsum(values) / len(values)
         study.tell(trial, value)
-        log.info("Trial %d: validation accuracy %.4f", trial.number, value)
+        tell(f"Trial {trial.number}: validation accuracy {value:.4f}")
 
 
-def _run_job(folder: Path, manifest: dict, job: dict, judge, main, poll: float) -> float:
+def _run_job(folder: Path, job: dict, judge, poll: float) -> float:
     """Run one seed of a trial, or go on with it; returns its value.
 
-    judge: the trial, for what is to be pruned. Raises `Failed`, or `TrialPruned` with the child
-    stopped.
+    judge: the trial, if the pruner is to judge it. Raises `launch.Failed`, or `TrialPruned` with
+    the child stopped.
     """
     place = folder / job["folder"]
     place.mkdir(exist_ok=True)
-    arguments = plan.arguments(folder / plan.BASE, manifest, job, folder)
     started = plan.run_folder(folder, job)
     if started:
-        with filelock.FileLock(started / ".lock"):  # a child can outlive the worker that it was of
+        with filelock.FileLock(started / ".lock"):  # a child can outlive the worker it was of
             pass
-        arguments = ["--resume", str(started)]
     told: set[int] = set()
     with open(place / "output.log", "ab") as output:
-        child = subprocess.Popen([*main, *arguments], stdout=output, stderr=subprocess.STDOUT)
+        start = output.tell()
+        command = launch.Attempt(folder, job).command()
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
-        while True:
+        over = False
+        while not over:
             over = _ended(child, poll)
             run = plan.run_folder(folder, job)
             history = _validation(run) if run else {}
@@ -360,16 +391,14 @@ def _run_job(folder: Path, manifest: dict, job: dict, judge, main, poll: float) 
                 told |= set(history)
                 if not over and judge.should_prune():
                     raise optuna.TrialPruned
-            if over:
-                break
     finally:
         if child.poll() is None:
             child.terminate()
             child.wait()
     if child.returncode:
-        raise Failed(_last_error(place, run))
+        raise launch.Failed(launch.last_error(place / "output.log", start, child.returncode))
     if not history or not math.isfinite(history[max(history)]):
-        raise Failed("no validation accuracy at the last epoch")
+        raise launch.Failed("no validation accuracy at the last epoch")
     return history[max(history)]
 
 
@@ -382,27 +411,14 @@ def _ended(child: subprocess.Popen, seconds: float) -> bool:
     return True
 
 
-def _last_error(place: Path, run: Path | None) -> str:
-    """What a run that did not finish says of it, in one line."""
-    error = tracking.read_status(run)["error"] if run else None
-    lines = (place / "output.log").read_text(errors="replace").split("\n")
-    return error or next((line for line in reversed(lines) if line.strip()), "no output")
-
-
 def _validation(run: Path) -> dict[int, float]:
     """Validation accuracy by epoch, as far as a run has recorded it."""
     path = run / "training_history.csv"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
     names = list(rows[0]) if rows else []
-    column = f"val_{selection_metric(names)}"
+    column = f"val_{plan.selection_metric(names)}"
     return {int(row["epoch"]): float(row[column]) for row in rows if column in row}
-
-
-def selection_metric(names) -> str:
-    """See `trainer.selection_metric`; names: of the columns or final metrics of a run."""
-    groups = [name for name in names if re.fullmatch(r"test_group_\d+_acc", name)]
-    return "worst_acc" if len(groups) <= 4 else "minority_acc"
 
 
 STATES = {
@@ -440,9 +456,9 @@ def _tell_best(study: optuna.Study) -> None:
     done = [t for t in study.get_trials(deepcopy=False) if t.state is TrialState.COMPLETE]
     if done:
         best = study.best_trial
-        log.info("Best trial: %d, validation %.4f: %s", best.number, best.value, _name(best))
+        tell(f"Best trial: {best.number}, validation accuracy {best.value:.4f}: {_name(best)}")
     else:
-        log.warning("No trial was finished")
+        tell("Best trial: none, as none was finished")
 
 
 def with_trials(folder: Path, manifest: dict) -> tuple[dict, list[str]]:
@@ -459,3 +475,7 @@ def with_trials(folder: Path, manifest: dict) -> tuple[dict, list[str]]:
     told = ", ".join(f"{count} {state}" for state, count in counts.items())
     notes = [f"Trials: {told}; the finished ones are in the table."]
     return manifest | {"keys": keys, "settings": settings, "jobs": jobs}, notes
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(lambda: work(Path(sys.argv[1]))))
