@@ -79,6 +79,7 @@ class Attempt:
                         self.child.send_signal(signum)
                     code = self.child.wait()
             finally:
+                self.child = None
                 for signum, handler in usual.items():
                     signal.signal(signum, handler)
             if code == 0:
@@ -102,7 +103,7 @@ class Attempt:
         """What submitit puts back in line: the same again, which resumes."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(Attempt(self.folder, self.job, self.environment))
+        return DelayedSubmission(self)
 
     def command(self) -> list[str]:
         """The command line: resumes where an earlier attempt has left a run."""
