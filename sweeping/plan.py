@@ -448,7 +448,7 @@ def read_manifest(folder: Path) -> dict:
 
 def run_folder(sweep_folder: Path, job: dict) -> Path | None:
     """The newest run of a job, None if there is none yet."""
-    runs = [path.parent for path in (Path(sweep_folder) / job["folder"]).glob("*/status.json")]
+    runs = [path.parent for path in (Path(sweep_folder) / job["folder"]).glob("[!.]*/status.json")]
     return max(runs, key=lambda run: (run / "status.json").stat().st_mtime_ns, default=None)
 
 
