@@ -36,7 +36,12 @@ def main(argv: list[str] | None = None) -> int:
 def _dispatch(given, command: list[str]) -> int:
     """Does what the arguments ask for; returns the exit code."""
     if given.status:
-        return launch.show_status(_folder(given.status))
+        folder = _folder(given.status)
+        if plan.read_manifest(folder)["optuna"]:
+            from sweeping import search
+
+            return search.show_status(folder)
+        return launch.show_status(folder)
     if given.collect:
         from sweeping import collect
 
@@ -51,11 +56,16 @@ def _dispatch(given, command: list[str]) -> int:
         slurm = manifest["cluster"]["slurm"] | given.slurm
     else:
         sweep = plan.read(given.file, given.overrides)
+        cluster, slurm = given.cluster or "local", sweep.slurm | given.slurm
         if sweep.optuna:
             from sweeping import search
 
+            if cluster != "local":
+                raise ConfigError(
+                    f"--cluster: given {cluster}, but the section optuna is worked on where it is "
+                    "started; allowed: local, and --resume on any number of machines"
+                )
             search.check(sweep.optuna, sweep.base, sweep.overrides, sweep.seeds)
-        cluster, slurm = given.cluster or "local", sweep.slurm | given.slurm
         if cluster == "debug":
             _print_commands(sweep)
             return 0

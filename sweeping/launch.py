@@ -79,6 +79,7 @@ class Attempt:
                         self.child.send_signal(signum)
                     code = self.child.wait()
             finally:
+                self.child = None
                 for signum, handler in usual.items():
                     signal.signal(signum, handler)
             if code == 0:
@@ -102,7 +103,7 @@ class Attempt:
         """What submitit puts back in line: the same again, which resumes."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(Attempt(self.folder, self.job, self.environment))
+        return DelayedSubmission(self)
 
     def command(self) -> list[str]:
         """The command line: resumes where an earlier attempt has left a run."""
@@ -287,7 +288,7 @@ def run(folder: Path, cluster: str, options: dict) -> int:
     todo = [job for job, state in zip(manifest["jobs"], before) if state.state in STATES[3:]]
     busy = sum(state.state in STATES[:2] for state in before)
     if busy:
-        tell(f"{busy} jobs are waiting or running already: left alone")
+        tell(f"{busy} job(s) are waiting or running already: left alone")
     if not todo:
         tell(f"{folder}: nothing to do", stream="stdout")
     elif cluster == "debug":
@@ -297,7 +298,9 @@ def run(folder: Path, cluster: str, options: dict) -> int:
     else:
         {"local": run_local, "slurm": run_slurm}[cluster](folder, manifest, todo, options)
         if cluster == "slurm":
-            tell(f"{len(todo)} jobs submitted; python sweep.py --status {folder}")
+            tell(
+                f"{len(todo)} job(s) submitted; python sweep.py --status {shlex.quote(str(folder))}"
+            )
     after = states(folder, manifest)
     tell(counts(after), f"Results: {folder}", stream="stdout")
     return exit_code(after)
@@ -328,7 +331,7 @@ def run_local(folder: Path, manifest: dict, jobs: list[dict], options: dict) -> 
     variables = thread_variables(threads)
     names = {entry["setting"]: entry["name"] for entry in manifest["settings"]}
     free, running, waiting = deque(range(slots)), {}, deque(jobs)
-    tell(f"{len(jobs)} jobs, {min(slots, len(jobs))} at once, each with {threads} thread(s)")
+    tell(f"{len(jobs)} job(s), {min(slots, len(jobs))} at once, each with {threads} thread(s)")
     with _locked(folder):
         executor = submitit.LocalExecutor(_logs(folder), max_num_timeout=MANY_TIMEOUTS)
         executor.update_parameters(timeout_min=ENDLESS)
@@ -377,7 +380,7 @@ def _stop(submitted: list) -> None:
     """
     running = [job for job in submitted if not job.done()]
     if running:
-        tell(f"Stopping {len(running)} jobs, which write their checkpoints")
+        tell(f"Stopping {len(running)} job(s), which write their checkpoints")
     while running:
         for job in running:
             os.kill(int(job.job_id), signal.SIGTERM)  # the local executor's ids are process ids

@@ -452,6 +452,20 @@ def table(folder: Path, study: optuna.Study | None = None) -> pd.DataFrame:
     )
 
 
+def show_status(folder: Path) -> int:
+    """Prints a line a trial; returns the exit code, 1 if any has failed."""
+    study = _open(folder)
+    names = {trial.number: _name(trial) for trial in study.get_trials(deepcopy=False)}
+    trials = table(folder, study)
+    for trial in trials.itertuples():
+        value = f"{trial.value:.3f}" if pd.notna(trial.value) else ""
+        epoch = f"{trial.epoch:.0f}" if pd.notna(trial.epoch) else ""
+        lines = [f"{trial.trial:04d} {trial.state:7} {epoch:>6} {value:>5}  {names[trial.trial]}"]
+        lines += [f"     {trial.error}"] * (trial.state == "failed")
+        tell(*lines, stream="stdout")
+    return int("failed" in set(trials.state))
+
+
 def _tell_best(study: optuna.Study) -> None:
     done = [t for t in study.get_trials(deepcopy=False) if t.state is TrialState.COMPLETE]
     if done:

@@ -16,6 +16,7 @@ import optuna
 import pandas as pd
 import pytest
 
+import sweep
 from errors import ConfigError
 from sweeping import collect, figures, launch, plan, search
 
@@ -154,6 +155,10 @@ def test_a_worker_takes_all_trials_and_tells_them(searched, capfd):
     assert (
         f"Best trial: {best.trial}, validation accuracy {best.value:.4f}" in capfd.readouterr().err
     )
+    assert search.show_status(folder) == 0
+    first = trials.iloc[0]
+    line = f"0000 done         3 {first.value:.3f}  learning_rate={first.learning_rate:.4g}, hidden"
+    assert capfd.readouterr().out.startswith(line)
     search.work(folder, poll=0.02)  # nothing is left
     assert len(trials_of(folder)) == 4
 
@@ -308,6 +313,10 @@ def test_several_workers_are_started_and_the_exit_code_tells_of_failures(
     assert out == ["3 trials: 3 done", f"Results: {folder}"]
     folder = searched("failing", task="fail", search_space={"learning_rate": {"choice": [0.9]}})
     assert search.run(folder, plan.read_manifest(folder), 1) == 1
+    capfd.readouterr()
+    assert search.show_status(folder) == 1
+    line = "0000 failed                learning_rate=0.9\n     learning_rate: too large\n"
+    assert capfd.readouterr().out.startswith(line)
 
 
 def test_finished_trials_are_collected_as_settings(searched, monkeypatch):
@@ -339,6 +348,19 @@ def problems(tmp_path):
         return list(error.value.problems)
 
     return of
+
+
+@pytest.mark.parametrize("cluster", ["slurm", "debug"])
+def test_a_search_runs_where_it_is_started(tmp_path, monkeypatch, capsys, cluster):
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    (tmp_path / "base.yaml").write_text(f"num_val_samples: 10\nresults_dir: {tmp_path / 'results'}")
+    text = json.dumps({"config": str(tmp_path / "base.yaml"), "seeds": 1, "optuna": SECTION})
+    (tmp_path / "find.yaml").write_text(text)
+    assert sweep.main([str(tmp_path / "find.yaml"), "--cluster", cluster]) == 2
+    assert f"--cluster: given {cluster}, but the section optuna" in capsys.readouterr().err
+    assert sweep.main([str(tmp_path / "find.yaml"), "num_val_samples=0"]) == 2
+    assert "num_val_samples: given 0, but the search goes by" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
 
 
 def test_without_a_validation_split_nothing_starts(problems):

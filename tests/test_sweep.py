@@ -506,12 +506,12 @@ def test_ctrl_c_stops_the_jobs_with_their_checkpoints(stand_in, write, tmp_path,
     manifest = plan.read_manifest(folder)
     assert [s.state for s in launch.states(folder, manifest)] == ["running", "running", "waiting"]
     code, _, err = run_sweep(capsys, "--resume", folder, "--jobs", 1)
-    assert (code, err) == (0, ["3 jobs are waiting or running already: left alone"])
+    assert (code, err) == (0, ["3 job(s) are waiting or running already: left alone"])
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert stderr.splitlines()[-4:] == [
-        "Stopping 2 jobs, which write their checkpoints",
+        "Stopping 2 job(s), which write their checkpoints",
         "Stopped by SIGINT.",
         "To resume:",
         f"python sweep.py --resume {folder}",
