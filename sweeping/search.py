@@ -287,7 +287,7 @@ def _claim(folder: Path, study: optuna.Study, section: Section):
     with filelock.FileLock(folder / ".optuna.lock"):
         trials = study.get_trials(deepcopy=False)
         for trial in trials:
-            if trial.state is TrialState.RUNNING and _abandoned(folder, trial):
+            if trial.state is TrialState.RUNNING and _abandoned(folder, study, trial):
                 if trial.number not in _replaced(trials):
                     attributes = {"continues": trial.number, "folder": _place(trial)}
                     study.enqueue_trial(trial.params, user_attrs=attributes)
@@ -311,14 +311,18 @@ def _worker_lock(folder: Path, trial) -> filelock.FileLock:
     return filelock.FileLock(place / ".worker")
 
 
-def _abandoned(folder: Path, trial) -> bool:
+def _abandoned(folder: Path, study: optuna.Study, trial) -> bool:
+    """Whether a trial is told of as running, but nobody works on it."""
     lock = _worker_lock(folder, trial)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         return False
-    lock.release()
-    return True
+    try:  # it may have been told of between the look at its state and the one at its lock
+        now = study.get_trials(deepcopy=False)[trial.number]
+        return now.state is TrialState.RUNNING
+    finally:
+        lock.release()
 
 
 def _name(trial) -> str:

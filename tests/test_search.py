@@ -223,17 +223,17 @@ def test_a_failed_trial_does_not_stop_the_others(searched):
 
 
 def test_two_workers_share_a_study(searched, stand_in):
-    folder = searched(trials=12)
+    folder = searched(trials=8)
     workers = [start_worker(folder, stand_in) for _ in range(2)]
     told = [worker.communicate(timeout=60)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], told
     trials = trials_of(folder)
-    assert trials.trial.tolist() == list(range(12)) and set(trials.state) == {"done"}
-    assert trials.learning_rate.nunique() == 12
+    assert trials.trial.tolist() == list(range(8)) and set(trials.state) == {"done"}
+    assert trials.learning_rate.nunique() == 8
     attempts = [path.read_text().split() for path in folder.glob("jobs/*/run_2026/attempts")]
-    assert [len(each) for each in attempts] == [1] * 12  # none twice
+    assert [len(each) for each in attempts] == [1] * 8  # none twice
     shares = [Counter(line.split(":")[0] for line in text.splitlines()) for text in told]
-    assert all(any(f"Trial {n}" in share for n in range(12)) for share in shares)  # both had some
+    assert all(any(f"Trial {n}" in share for n in range(8)) for share in shares)  # both had some
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
@@ -259,6 +259,15 @@ def test_an_abandoned_trial_is_gone_on_with(searched, stand_in, signum):
     assert trials.value[0] == pytest.approx(trials.learning_rate[0])
     given = json.loads((run / "given.json").read_text())
     assert float(given["learning_rate"]) == trials.learning_rate[0]
+
+
+def test_a_trial_that_has_just_ended_is_not_abandoned(searched):
+    folder = searched(trials=1)
+    search.work(folder, poll=0.02)
+    study = search._open(folder)
+    (trial,) = study.get_trials()
+    trial.state = optuna.trial.TrialState.RUNNING  # as it was seen before it ended
+    assert not search._abandoned(folder, study, trial)
 
 
 def test_a_trial_that_someone_works_on_is_left_alone(searched, stand_in):
@@ -361,6 +370,15 @@ def test_a_search_runs_where_it_is_started(tmp_path, monkeypatch, capsys, cluste
     assert sweep.main([str(tmp_path / "find.yaml"), "num_val_samples=0"]) == 2
     assert "num_val_samples: given 0, but the search goes by" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
+
+
+def test_the_example_in_the_readme_is_a_section(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("### Search with optuna")[2]
+    (tmp_path / "example.yaml").write_text(text.split("```")[1])
+    planned = plan.read(tmp_path / "example.yaml")
+    section = search.check(planned.optuna, planned.base, planned.overrides, planned.seeds)
+    assert section.trials == 30 and len(section.space) == 4
 
 
 def test_without_a_validation_split_nothing_starts(problems):
