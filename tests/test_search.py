@@ -131,7 +131,7 @@ def start_worker(folder, stand_in):
     )
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -225,7 +225,7 @@ def test_a_failed_trial_does_not_stop_the_others(searched):
 def test_two_workers_share_a_study(searched, stand_in):
     folder = searched(trials=8)
     workers = [start_worker(folder, stand_in) for _ in range(2)]
-    told = [worker.communicate(timeout=60)[1] for worker in workers]
+    told = [worker.communicate(timeout=120)[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], told
     trials = trials_of(folder)
     assert trials.trial.tolist() == list(range(8)) and set(trials.state) == {"done"}
@@ -244,7 +244,7 @@ def test_an_abandoned_trial_is_gone_on_with(searched, stand_in, signum):
     history = run / "training_history.csv"
     wait_for(lambda: history.exists() and len(history.read_text().splitlines()) == 3)
     worker.send_signal(signum)
-    worker.communicate(timeout=20)
+    worker.communicate(timeout=60)
     if signum == signal.SIGKILL:  # its child is still there
         os.kill(int((run / "attempts").read_text()), signal.SIGKILL)
     else:
@@ -277,7 +277,7 @@ def test_a_trial_that_someone_works_on_is_left_alone(searched, stand_in):
     search.work(folder, poll=0.02)
     assert trials_of(folder).state.tolist() == ["running"]
     (folder / "jobs" / "go").touch()
-    worker.communicate(timeout=20)
+    worker.communicate(timeout=60)
     assert trials_of(folder).state.tolist() == ["done"]
 
 
