@@ -263,6 +263,8 @@ def test_the_command_line_sets_what_the_sweep_does_not(write):
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_are_valid(path, monkeypatch):
     monkeypatch.chdir(ROOT)
+    if "celeba" in path.stem and "CelebA" not in configuration.HAS_OFFICIAL_VALIDATION:
+        pytest.skip("there is no CelebA yet")
     read = plan.read(path)
     assert f"python sweep.py {path.relative_to(ROOT)}" in path.read_text()
     assert read.optuna or len(read.settings) > 1
