@@ -47,16 +47,14 @@ def _dispatch(given, command: list[str]) -> int:
 
         collect.collect(_folder(given.collect))
         return 0
-    if given.cluster == "slurm" and not shutil.which("sbatch"):
-        raise ConfigError("--cluster: given slurm, but there is no sbatch here")
     if given.resume:
         folder = _folder(given.resume)
         manifest = plan.read_manifest(folder)
-        cluster = given.cluster or manifest["cluster"]["kind"]
+        cluster = _cluster(given.cluster or manifest["cluster"]["kind"])
         slurm = manifest["cluster"]["slurm"] | given.slurm
     else:
         sweep = plan.read(given.file, given.overrides)
-        cluster, slurm = given.cluster or "local", sweep.slurm | given.slurm
+        cluster, slurm = _cluster(given.cluster or "local"), sweep.slurm | given.slurm
         if sweep.optuna:
             from sweeping import search
 
@@ -76,6 +74,12 @@ def _dispatch(given, command: list[str]) -> int:
 
         return search.run(folder, manifest, given.jobs)
     return launch.run(folder, cluster, {"at_once": given.jobs, "slurm": slurm})
+
+
+def _cluster(name: str) -> str:
+    if name == "slurm" and not shutil.which("sbatch"):
+        raise ConfigError("--cluster: given slurm, but there is no sbatch here")
+    return name
 
 
 def _print_commands(sweep: plan.Plan) -> None:

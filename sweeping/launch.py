@@ -353,14 +353,18 @@ def run_local(folder: Path, manifest: dict, jobs: list[dict], options: dict) -> 
                 time.sleep(POLL)
         except BaseException as error:
             _stop([submitted for _, submitted in running.values()])
-            error.add_note("To resume:")
-            error.add_note(f"python sweep.py --resume {shlex.quote(str(folder))}")
+            _add_advice(error, folder)
             raise
 
 
 def _logs(folder: Path) -> Path:
     """A new folder for submitit: it goes by process ids, and the old files may have the same."""
     return tracking.new_folder(folder / "submitit")
+
+
+def _add_advice(error: BaseException, folder: Path) -> None:
+    error.add_note("To resume:")
+    error.add_note(f"python sweep.py --resume {shlex.quote(str(folder))}")
 
 
 def _tell_end(folder: Path, job: dict, names: dict) -> None:
@@ -474,8 +478,10 @@ def run_slurm(folder: Path, manifest: dict, jobs: list[dict], options: dict) -> 
                         executor.submit(Attempt(folder, job, thread_variables(cpus)))
                         for job in part
                     ]
-            except submitit.core.utils.FailedJobError as error:
-                raise UserError(*(f"sbatch: {line}" for line in str(error).splitlines())) from None
+            except submitit.core.utils.FailedJobError as failure:
+                error = UserError(*str(failure).splitlines())
+                _add_advice(error, folder)
+                raise error from None
             ids = slurm_ids(folder)
             ids |= {str(job["job"]): one.job_id for job, one in zip(part, submitted)}
             files.write_text(folder / "slurm.json", json.dumps(ids) + "\n")
@@ -528,12 +534,12 @@ def table(folder: Path, manifest: dict, found: list[State], rows: int | None = N
         epochs = job["overrides"].get("epochs", usual)
         epoch = "" if state.epoch is None else f"{state.epoch}/{epochs}"
         worst = "" if state.worst is None else f"{state.worst:.3f}"
-        what = f"{names[job['setting']]}, seed {job['seed']}"
-        lines = [f"{job['job']:04d} {state.state:7} {epoch:>11} {worst:>5}  {what}"]
+        what = f"{job['seed']:>5}  {names[job['setting']]}"
+        lines = [f"{job['job']:04d} {state.state:7} {epoch:>11} {worst:>5} {what}"]
         if state.error:
             lines.append(f"     {state.error}")
         entries.append((state.state, lines))
-    head = [f"{folder.name}: {counts(found)}", "job  state         epoch worst  setting"]
+    head = [f"{folder.name}: {counts(found)}", "job  state         epoch worst  seed  setting"]
     lines = [line for _, lines in entries for line in lines]
     if rows is not None and len(head) + len(lines) > rows:
         order = ("failed", "running", "missing", "waiting", "done")

@@ -175,9 +175,9 @@ def _await(condition, folder: Path, seconds=300):
 @pytest.fixture(scope="module")
 def finished(cluster, sweep_file):
     """The folder of the sweep after all that happens to it here."""
-    code = sweep.main([str(sweep_file), "--cluster", "slurm", "--partition", "short"])
-    assert code == 0
+    assert sweep.main([str(sweep_file), "--cluster", "slurm"]) == 2  # no such partition
     (folder,) = (sweep_file.parent / "results" / "sweeps").iterdir()
+    assert sweep.main(["--resume", str(folder), "--partition", "short"]) == 0
     manifest = plan.read_manifest(folder)
     state = lambda job: launch.states(folder, manifest)[job]
     ids = launch.slurm_ids(folder)
@@ -224,4 +224,4 @@ def test_its_runs_are_collected(finished):
     pytest.importorskip("sweeping.collect")
     assert sweep.main(["--collect", str(finished)]) == 0
     summary = pd.read_csv(finished / "summary.csv")
-    assert len(summary) > 0
+    assert summary["seeds"].tolist() == [2, 2]
