@@ -221,7 +221,6 @@ def test_cancelled_and_pre_empted_jobs_go_on(finished, capsys):
 
 
 def test_its_runs_are_collected(finished):
-    pytest.importorskip("sweeping.collect")
     assert sweep.main(["--collect", str(finished)]) == 0
     summary = pd.read_csv(finished / "summary.csv")
     assert summary["seeds"].tolist() == [2, 2]
