@@ -158,6 +158,9 @@ class WandbConfig(Section):
     mode: Literal["auto", "online", "offline"] = key(
         "auto", "auto = online when logged in, else offline"
     )
+    group: Text | None = key(
+        None, "group of runs on wandb; a sweep gives its folder's name", "Text or null"
+    )
 
 
 class Config(Section):
@@ -555,8 +558,11 @@ def changes_results(old: Config, new: Config) -> list[str]:
     return lines
 
 
-def _apply_overrides(document: dict, overrides) -> list[str]:
-    """Write `key=value` overrides into the document; returns the problems."""
+def apply_overrides(document: dict, overrides) -> list[str]:
+    """Write `key=value` overrides (YAML values, dotted names) into the document.
+
+    Returns the problems, one line each.
+    """
     size = sum(map(len, overrides))
     if size > OVERRIDES:
         return [f"command line: overrides of {size} characters; allowed: up to {OVERRIDES} in all"]
@@ -755,7 +761,7 @@ def load_config(path, overrides=()) -> Config:
     Raises `ConfigError` with one line a problem: key, what was given, what is allowed.
     """
     document = strict_yaml.read(path)
-    return validate(document, _apply_overrides(document, overrides))
+    return validate(document, apply_overrides(document, overrides))
 
 
 def channels_standardised(config: Config) -> bool:

@@ -287,6 +287,7 @@ def _init_wandb(wandb, config: Config, folder: Path, run_id: str, mode: str):
     return wandb.init(
         project=config.wandb.project,
         entity=config.wandb.entity,
+        group=config.wandb.group,
         name=folder.name,
         id=run_id,
         resume="allow",

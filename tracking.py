@@ -404,7 +404,7 @@ def start(config: Config, device: str, command: list[str], facts: dict) -> Run:
         files.write_text(fresh / CONFIG, config_yaml(config))
         _write_environment(fresh, environment(config, device, command) | facts)
         write_status(fresh, "running", PHASES[0], secrets.token_hex(4), {})
-        folder = _rename_to_unique(fresh, results / f"{config.experiment_name}_{_now()}")
+        folder = rename_to_unique(fresh, results / f"{config.experiment_name}_{now()}")
     except OSError as error:
         raise UserError(f"results_dir: {results} cannot be written, {error.strerror}") from None
     finally:
@@ -508,11 +508,12 @@ def _differences(before: dict, now: dict):
             yield package, before["versions"][package], now["versions"][package]
 
 
-def _now() -> str:
+def now() -> str:
+    """The time in the names of folders."""
     return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
 
-def _rename_to_unique(folder: Path, wanted: Path) -> Path:
+def rename_to_unique(folder: Path, wanted: Path) -> Path:
     """Renames to `wanted`, or to `wanted_2`, …: whoever comes second gets the next name."""
     for attempt in range(1, 10_000):
         target = wanted if attempt == 1 else wanted.with_name(f"{wanted.name}_{attempt}")
@@ -530,7 +531,7 @@ def new_folder(parent: Path) -> Path:
     parent.mkdir(exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
     fresh.chmod(0o755)
-    return _rename_to_unique(fresh, parent / _now())
+    return rename_to_unique(fresh, parent / now())
 
 
 def config_yaml(config: Config) -> str:

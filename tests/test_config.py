@@ -98,7 +98,7 @@ EPOCHS = "allowed: null (every epoch) or a list of up to 1000 epochs, such as [0
         ("hiden_dim: 3", "hiden_dim: given 3, but there is no such key; did you mean hidden_dim?"),
         ("xyzzy: 3", "xyzzy: given 3, but there is no such key"),
         ("wandb: {enabel: true}", "wandb.enabel: given true, but there is no such key; did you mean wandb.enable?"),
-        ("wandb: true", "wandb: given true; allowed: a mapping with enable, project, entity, mode"),
+        ("wandb: true", "wandb: given true; allowed: a mapping with enable, project, entity, mode, group"),
         ("wandb: {mode: live}", "wandb.mode: given 'live' (text); allowed: auto, online, offline"),
         ("hidden_dim: 100000000", "hidden_dim: given 100000000; allowed: a whole number from 1 to 65536"),
         ("train_correlation: 2", "train_correlation: given 2; allowed: a number from -1 to 1"),

@@ -256,9 +256,8 @@ def command(tmp_path, data_dir, *overrides):
 def test_a_process_of_its_own_with_wandb_offline(tmp_path, data_dir):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    done = subprocess.run(
-        command(tmp_path, data_dir), cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    arguments = command(tmp_path, data_dir, "wandb.group=a sweep")
+    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     last = done.stdout.splitlines()[-1]
     assert last.startswith("Results: results/colored_mnist_")
@@ -266,7 +265,8 @@ def test_a_process_of_its_own_with_wandb_offline(tmp_path, data_dir):
     (offline,) = (folder / "wandb").glob("offline-run-*")
     (binary,) = offline.glob("*.wandb")
     assert re.search(r"wandb: offline; to upload: wandb sync \S*offline-run-", done.stderr)
-    logged = read_wandb(binary)
+    logged, group = read_wandb(binary)
+    assert group == "a sweep"
     history = pd.read_csv(folder / "training_history.csv")
     for row in history.to_dict("records"):
         epoch = row.pop("epoch")
@@ -298,18 +298,19 @@ def wandb_records(content):
 
 
 def read_wandb(path):
-    """{epoch: {name: value}} of an offline file."""
+    """({epoch: {name: value}}, the run's group) of an offline file."""
     from wandb.proto import wandb_internal_pb2
 
-    logged = {}
+    logged, group = {}, None
     for data in wandb_records(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
+        group = record.run.run_group or group
         if record.WhichOneof("record_type") == "history":
             items = record.history.item
             values = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}
             logged.setdefault(values.pop("epoch", None), {}).update(values)
-    return logged
+    return logged, group
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

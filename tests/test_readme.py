@@ -37,9 +37,8 @@ def test_the_rooms_import_only_rooms_above_them():
     order = re.findall(r"`([a-z_]+(?:\.py|/))`", README.partition("## The rooms")[2])
     order = [name.removesuffix(".py").removesuffix("/") for name in order]
     files = {p.stem: [p] for p in ROOT.glob("*.py")}
-    files |= {
-        room: list((ROOT / room).glob("*.py")) for room in ("sources", "data_sets", "methods")
-    }
+    rooms = ("sources", "data_sets", "methods", "sweeping")
+    files |= {room: list((ROOT / room).glob("*.py")) for room in rooms}
     assert set(files) <= set(order)
     for room, paths in files.items():
         for path in paths:

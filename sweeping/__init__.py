@@ -1,0 +1,1 @@
+"""Sweeps: many settings, many seeds, on this machine or a cluster."""
