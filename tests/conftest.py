@@ -1,12 +1,17 @@
 """Helpers that several test files share."""
 
 import dataclasses
+import os
 import resource
 import signal
 import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+
+# Before torch is imported: one thread for each of the processes that share the tests, and for
+# theirs, so that all of them round alike.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
 import pytest
