@@ -77,6 +77,15 @@ def settings(data_dir, tmp_path):
     return make
 
 
+@pytest.fixture
+def few_figures(monkeypatch):
+    """Two figures instead of all: those take longer than the rest of a small run."""
+    import plotting
+
+    figures = {name: plotting.FIGURES[name] for name in ("training_history", "dfr")}
+    monkeypatch.setattr(plotting, "FIGURES", figures)
+
+
 def make_split(counts, shape=(7,), dtype=torch.float64, seed=0):
     """A split of random inputs with these group counts, stored group by group."""
     generator = torch.Generator().manual_seed(seed)

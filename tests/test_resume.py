@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pandas as pd
 import pytest
@@ -49,10 +48,8 @@ def kept(tmp_path_factory):
 
 
 @pytest.fixture
-def go(tmp_path, data_dir, capsys, monkeypatch, kept):
-    """go(argument, …) -> (exit code, stderr lines); one small figure instead of all."""
-    figures = {name: plotting.FIGURES[name] for name in ("training_history", "dfr")}
-    monkeypatch.setattr(plotting, "FIGURES", figures)
+def go(tmp_path, data_dir, capsys, few_figures, kept):
+    """go(argument, …) -> (exit code, stderr lines)."""
     (tmp_path / "c.yaml").write_text("experiment_name: small\n")
 
     def run(*arguments, results="results"):
@@ -545,17 +542,20 @@ def test_tables_shorter_than_the_checkpoint_says(go, monkeypatch):
 
 def test_two_processes_cannot_have_the_same_run(go, monkeypatch):
     folder, _ = stopped_run(go, monkeypatch)
-    with filelock.FileLock(folder / ".lock"):
-        # A lock belongs to a process: the other one has to be another.
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "main.py"), "--resume", str(folder)],
-            capture_output=True,
-            text=True,
-        )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-3] == (
-        f"{folder}: in use by another process; wait for it or stop it"
-    )
+    # A lock belongs to a process: the other one has to be another.
+    hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); "
+    hold += "print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(folder / ".lock")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as other:  # fmt: skip
+        assert other.stdout.readline() == b"\n"
+        code, lines = go("--resume", str(folder))
+        other.communicate(b"\n")
+    assert other.returncode == 0
+    assert code == 2
+    assert lines[-3] == f"{folder}: in use by another process; wait for it or stop it"
+    assert go("--resume", str(folder))[0] == 0
 
 
 FULL = [(nth, errno.ENOSPC) for nth in (1, 4, 9, 14, 20, 27)]
