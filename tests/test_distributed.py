@@ -25,6 +25,7 @@ ARGUMENTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_two_processes_learn_what_one_learns(tmp_path, data_dir):
     """The same curves with the same global batch; one folder, written by the first rank."""
     arguments = [*ARGUMENTS, f"data_dir={data_dir}"]
