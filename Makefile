@@ -10,7 +10,7 @@ run: $(VENV)/run-installed
 test: $(VENV)/test-installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/test-installed
 	$(VENV)/bin/ruff check --fix .

@@ -46,7 +46,10 @@ context.set_forkserver_preload(
 
 def _run(arguments, log) -> None:
     import main
+    import plotting
 
+    # Two figures instead of all: those take longer than the rest and would get most of the kills.
+    plotting.FIGURES = {name: plotting.FIGURES[name] for name in ("training_history", "dfr")}
     sys.stdout = sys.stderr = open(log, "a")  # noqa: SIM115, until the process ends
     sys.exit(main.main(arguments))
 

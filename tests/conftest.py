@@ -1,12 +1,17 @@
 """Helpers that several test files share."""
 
 import dataclasses
+import os
 import resource
 import signal
 import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+
+# Before torch is imported: one thread for each of the processes that share the tests, and for
+# theirs, so that all of them round alike.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
 import pytest
@@ -70,6 +75,15 @@ def settings(data_dir, tmp_path):
         return configuration.validate(small | keys)
 
     return make
+
+
+@pytest.fixture
+def few_figures(monkeypatch):
+    """Two figures instead of all: those take longer than the rest of a small run."""
+    import plotting
+
+    figures = {name: plotting.FIGURES[name] for name in ("training_history", "dfr")}
+    monkeypatch.setattr(plotting, "FIGURES", figures)
 
 
 def make_split(counts, shape=(7,), dtype=torch.float64, seed=0):

@@ -1,6 +1,5 @@
 """Several processes do the steps of one."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from conftest import make_splits
 
 import distributed
+import main
 import model
 from config import validate
 from errors import ConfigError
@@ -21,31 +21,23 @@ ARGUMENTS = [
     "num_val_samples=20", "epochs=4", "train_batch_size=25", "learning_rate=0.3",
     "normalize_inputs=false",
     "dfr_num_workers=1", "dfr_num_retrains=2", "wandb.enable=false", "checkpoint_every=1",
-    "analyze_jacobian_norm=false",
+    "analyze_jacobian_norm=false", "debias_method=GroupDRO", "dro_eta_q=0.5",
 ]  # fmt: skip
 
 
-def launch(results, data_dir, *arguments, processes):
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-        start += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    where = [f"results_dir={results}", f"data_dir={data_dir}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*start, "main.py", *ARGUMENTS, *where, *arguments],
-        cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (folder,) = Path(results).iterdir()
-    return folder, done
-
-
+@pytest.mark.usefixtures("few_figures")
 def test_two_processes_learn_what_one_learns(tmp_path, data_dir):
     """The same curves with the same global batch; one folder, written by the first rank."""
-    method = ["debias_method=GroupDRO", "dro_eta_q=0.5"]
-    one, _ = launch(tmp_path / "one", data_dir, *method, processes=1)
-    two, done = launch(tmp_path / "two", data_dir, *method, processes=2)
+    arguments = [*ARGUMENTS, f"data_dir={data_dir}"]
+    assert main.main([*arguments, f"results_dir={tmp_path / 'one'}"]) == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
+         "main.py", *arguments, f"results_dir={tmp_path / 'two'}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (one,), (two,) = ((tmp_path / name).iterdir() for name in ("one", "two"))
     expected, found = (pd.read_csv(f / "training_history.csv") for f in (one, two))
     numbers = [name for name in expected if "loss" in name or "weight" in name]
     assert np.allclose(found[numbers], expected[numbers], rtol=1e-3, atol=1e-5, equal_nan=True)

@@ -657,8 +657,9 @@ def test_configuration(good):
     assert set(config_facts.HAS_OFFICIAL_VALIDATION) == set(data_loader.DATASETS)
 
 
-def test_features_end_to_end_with_the_official_validation_set(good, tmp_path):
+def test_features_end_to_end_with_the_official_validation_set(good, tmp_path, monkeypatch):
     """ResNet18 with random weights: analyses, DFR on the validation set, a second run cached."""
+    monkeypatch.setattr(plotting, "draw", lambda folder: [])  # slow, and drawn in another test
     changes = {
         "use_feature_extractor": "true",
         "feature_extractor_weights": "random",
