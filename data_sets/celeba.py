@@ -135,4 +135,4 @@ def _label_all(split: Split, tasks, by_task) -> None:
         torch.tensor(task.cells, dtype=torch.float32)[groups_of[:, t]]
         for t, task in enumerate(tasks)
     ]
-    split.y, split.a = torch.stack(columns, dim=1).unbind(-1)
+    split.y, split.a = (part.contiguous() for part in torch.stack(columns, dim=1).unbind(-1))

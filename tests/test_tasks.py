@@ -211,8 +211,9 @@ def test_entropy_weights_against_a_generic_solver(labels):
     assert np.abs(patterns.T @ shares).max() < 1e-9
     if feasible and found.success:
         entropy_of = -sum(s * math.log(s / n) for s, n in zip(shares, counts) if s > 0)
-        assert entropy_of >= -found.fun - 1e-6
-        assert shares == pytest.approx(found.x, abs=2e-3)
+        assert entropy_of == pytest.approx(-found.fun, abs=1e-3)
+        assert entropy_of >= -found.fun - 1e-6  # the generic solver is less exact
+        assert shares == pytest.approx(found.x, abs=0.02)
 
 
 def test_patterns_that_no_weights_can_use_get_none():
@@ -257,20 +258,20 @@ def test_samplers_of_several_tasks_balance_each():
     weights = entropy.pattern_weights(patterns, counts, ["t0", "t1", "t2"])[inverse]
     generator = torch.Generator().manual_seed(0)
     method = build(splits, "RWY")
-    drawn = torch.cat([method.order(generator) for _ in range(500)])
+    drawn = torch.cat([method.order(generator) for _ in range(300)])
     each = np.bincount(drawn, minlength=200) / len(drawn)
     assert np.abs(each - weights).max() < 5 * math.sqrt(weights.max() / len(drawn))
     assert splits.train.y[drawn].mean(0).abs().max() < 0.02
 
     kept = np.zeros(200)
     rows = {tuple(x): i for i, x in enumerate(splits.train.inputs.tolist())}
-    for seed in range(300):
+    for seed in range(100):
         part = build(splits, "SUBY", seed=seed).source
         found = [rows[tuple(x)] for x in part.inputs.tolist()]
         kept[found] += 1
         assert torch.equal(part.task_groups, splits.train.task_groups[found])
     expected = weights / weights.max()
-    assert np.abs(kept / 300 - expected).max() < 5 * math.sqrt(0.25 / 300)
+    assert np.abs(kept / 100 - expected).max() < 5 * math.sqrt(0.25 / 100)
 
 
 def test_join_rules_by_hand():
