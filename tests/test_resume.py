@@ -65,8 +65,8 @@ def go(tmp_path, data_dir, capsys, few_figures, kept):
     def copied(what, make, results):
         place, made = kept
         if what not in made:
-            make(f"kept {what}")
-            made[what] = shutil.move(run.folder(f"kept {what}"), place / what)
+            make(f"kept_{what}")
+            made[what] = shutil.move(run.folder(f"kept_{what}"), place / what)
         return Path(shutil.copytree(made[what], tmp_path / results / made[what].name))
 
     run.folder = lambda results="results": next((tmp_path / results).iterdir())
