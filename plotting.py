@@ -6,12 +6,13 @@ Reads only the tables in the run's folder and never a model.
 import argparse
 import json
 import math
+import re
 import sys
 import textwrap
 import zipfile
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, cycle, product
 from pathlib import Path
@@ -51,7 +52,7 @@ from sources import zip_files
 
 FORMATS = ("png", "svg")
 TABLES = ("training_history.csv", "analysis.csv", "dfr_results.json", "samples.npz")
-TEXTS = ("split", "name", "analysis", "pair", "quantity")
+TEXTS = ("split", "name", "analysis", "pair", "quantity", "task")
 PICTURES_PER_GROUP = 8
 SAMPLE_ROWS = 24
 MORE_SETS = ("opposite", "clean", "all_main", "shortcut_only")  # than train, val, target and test
@@ -73,6 +74,7 @@ class Run:
     analysis: pd.DataFrame
     labels: dict[int, str]
     codes: dict[int, str]
+    task: str = ""  # of which these are the tables, where there are several
 
     @property
     def many(self) -> bool:
@@ -148,6 +150,12 @@ def read_run(folder) -> Run:
     columns = ("epoch", "split", "analysis", "pair", "quantity", "value")
     analysis = read_table(folder / "analysis.csv", *columns)
     analysis["pair"] = analysis["pair"].astype(object).fillna("")
+    config = read_config(folder / "config_used.yaml")
+    return Run(folder, config, history, counts, analysis, *group_labels(counts))
+
+
+def group_labels(counts: pd.DataFrame) -> tuple[dict[int, str], dict[int, str]]:
+    """Names and codes of the groups, from the table of their counts."""
     labels = codes = {g: groups.name(g) for g in range(len(groups.GROUPS))}
     if not counts.empty:
         cells = counts.drop_duplicates("group").set_index("group").sort_index()
@@ -156,8 +164,23 @@ def read_run(folder) -> Run:
         codes = {
             g: f"G({y:{signed}.0f},{a:{signed}.0f})" for g, y, a in cells[["y", "a"]].itertuples()
         }
-    config = read_config(folder / "config_used.yaml")
-    return Run(folder, config, history, counts, analysis, labels, codes)
+    return labels, codes
+
+
+def task_names(run: Run) -> list[str]:
+    """The tasks of the run's network, if there are several."""
+    names = run.counts["task"].astype(str).unique() if "task" in run.counts else []
+    return list(names) if len(names) > 1 else []
+
+
+def of_task(run: Run, task: str) -> Run:
+    """The run as if the network had this task only."""
+    start = re.compile(rf"^([a-z_]+?)_{re.escape(task)}_")
+    own = [name for name in run.history if start.match(name)]
+    history = run.history[["epoch", *own]].rename(columns=lambda name: start.sub(r"\1_", name))
+    counts = run.counts[run.counts["task"].astype(str) == task]
+    labels, codes = group_labels(counts)
+    return replace(run, history=history, counts=counts, labels=labels, codes=codes, task=task)
 
 
 def pair_label(run: Run, first: str, second: str, sign: str = "−") -> str:
@@ -197,6 +220,7 @@ def analysis_splits(run: Run, analysis: str) -> list[str]:
 
 def title(run: Run, subject: str) -> str:
     """Subject, run and method, and where the training diverged."""
+    subject = f"{subject}, {run.task}" if run.task else subject
     text = f"{subject}: {run.config.get('experiment_name', run.folder.resolve().name)}"
     text += f", {run.method}" if run.config else ""
     if "train_avg_loss" in run.history:
@@ -688,6 +712,7 @@ HISTORY_FIGURES = (
     gaps,
     misclassification,
 )
+TASK_FIGURES = (group_curves, group_accuracies, gaps, misclassification)
 FIGURES = {
     make.__name__: make
     for make in (*HISTORY_FIGURES, *ANALYSIS_FIGURES, *METHOD_FIGURES.values(), dfr, samples)
@@ -724,12 +749,23 @@ def draw(folder, file_format: str | None = None) -> list[Path]:
     plots.mkdir(exist_ok=True)
     paths = []
     with matplotlib.rc_context(RC):
-        for name, make in FIGURES.items():
-            figure = make(run) if has_rows(run, make) else None
+        for task, name in _wanted(run):
+            part, make = of_task(run, task) if task else run, FIGURES[name]
+            figure = make(part) if has_rows(part, make) else None
             if figure is not None:
-                paths.append(plots / f"{name}.{file_format}")
+                stem = f"{name}_{task}" if task else name
+                paths.append(plots / f"{stem}.{file_format}")
                 save(figure, paths[-1], file_format)
     return paths
+
+
+def _wanted(run: Run) -> list[tuple[str, str]]:
+    """(task, figure): of several tasks each has the figures about groups, else task is ''."""
+    tasks, by_task = task_names(run), [make.__name__ for make in TASK_FIGURES]
+    if not tasks:
+        return [("", name) for name in FIGURES]
+    whole = [("", name) for name in FIGURES if name not in by_task]
+    return whole + [(task, name) for task in tasks for name in by_task]
 
 
 class Parser(argparse.ArgumentParser):

@@ -194,18 +194,24 @@ class Splits:
         return hashlib.sha256(repr(contents).encode()).hexdigest()
 
     def count_rows(self) -> list[dict]:
-        """Rows of `group_counts.csv`."""
-        return [
-            {
-                "split": name,
-                "group": g,
-                "y": self.cells[g][0],
-                "a": self.cells[g][1],
-                "name": self.group_names[g],
-                "count": split.counts[g],
-                "share": split.shares[g],
-                "skipped": self.skipped.get(name, [0] * len(split.counts))[g],
-            }
-            for name, split in self.named().items()
-            for g in range(len(split.counts))
-        ]
+        """Rows of `group_counts.csv`: the groups of every task in every split."""
+        rows = []
+        for name, split in self.named().items():
+            for t, task in enumerate(self.tasks):
+                part = split.of_task(t, task)[1] if len(self.tasks) > 1 else split
+                skipped = self.skipped.get(name) if t == 0 else None
+                rows += [
+                    {
+                        "split": name,
+                        "group": g,
+                        "y": task.cells[g][0],
+                        "a": task.cells[g][1],
+                        "name": task.group_names[g],
+                        "count": part.counts[g],
+                        "share": part.shares[g],
+                        "skipped": skipped[g] if skipped else 0,
+                        "task": task.name,
+                    }
+                    for g in range(len(part.counts))
+                ]
+        return rows

@@ -42,7 +42,7 @@ from errors import ConfigError, StorageError, UserError
 log = logging.getLogger(f"spurious.{__name__}")
 
 ANALYSIS_COLUMNS = ("epoch", "split", "analysis", "pair", "quantity", "value")
-COUNT_COLUMNS = ("split", "group", "y", "a", "name", "count", "share", "skipped")
+COUNT_COLUMNS = ("split", "group", "y", "a", "name", "count", "share", "skipped", "task")
 TIMING_COLUMNS = ("phase", "epoch", "seconds")
 PACKAGES = (
     "torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "pandas", "matplotlib",

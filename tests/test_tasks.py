@@ -8,7 +8,6 @@ import signal
 import numpy as np
 import pandas as pd
 import pytest
-import shortcuts
 import torch
 from conftest import FakeRun, in_float64, make_splits
 from hypothesis import given
@@ -25,6 +24,8 @@ import main
 import methods
 import metrics
 import model
+import plotting
+import shortcuts
 import trainer
 from errors import ConfigError, DataError, UserError
 from methods import entropy
@@ -413,6 +414,28 @@ def test_several_tasks_end_to_end(go, changes):  # noqa: F811
     metric = changes.get("best_epoch_by", "worst_acc")
     best = history[f"val_{metric}"].idxmax()
     assert summary["best_epoch"] == best
+    counts = pd.read_csv(folder / "group_counts.csv").query(
+        "split == 'train' and task == 'Smiling'"
+    )
+    assert counts["name"].tolist()[1] == "not Smiling, Young" and counts["count"].sum() == 216
+
+
+def test_figures_of_every_task(go, monkeypatch):  # noqa: F811
+    with monkeypatch.context():
+        code, folder = go("run", groupings=TWO, epochs=1, target_resolution=8)
+    assert code == 0
+    run = plotting.read_run(folder)
+    assert plotting.task_names(run) == ["Blond_Hair", "Smiling"]
+    part = plotting.of_task(run, "Smiling")
+    assert part.labels[1] == "not Smiling, Young"
+    expected = run.history["test_Smiling_group_2_acc"]
+    assert part.history["test_group_2_acc"].tolist() == expected.tolist()
+    assert "test_Blond_Hair_group_2_acc" not in part.history
+    monkeypatch.undo()
+    names = {path.stem for path in plotting.draw(folder)}
+    per_task = {f"{name}_{task}" for task in ("Blond_Hair", "Smiling")
+                for name in ("group_curves", "gaps", "misclassification")}  # fmt: skip
+    assert names == per_task | {"training_history", "samples"}
 
 
 @pytest.mark.parametrize("changes", [{"loss_balanced_task_weighting": True},
