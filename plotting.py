@@ -592,7 +592,9 @@ def dfr(run: Run) -> Figure | None:
         tuning_curve(figure.add_subplot(grid[0, 1]), points, result.get("c"), score)
     handles = [Patch(facecolor=GREY, label=time, **look) for time, look in BAR_LOOKS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
-    settings = [f"{key} {result[key]}" for key in ("split_strategy", "reg", "c") if key in result]
+    settings = [
+        f"{key} {result[key]}" for key in ("split_strategy", "solver", "reg", "c") if key in result
+    ]
     subject = f"DFR of {result.get('target_layer', 'the last layer')} ({', '.join(settings)})"
     figure.suptitle(title(run, subject))
     return figure
