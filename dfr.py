@@ -155,7 +155,7 @@ def tune_on_validation(features, split: Split, val_features, val: Split, config:
     """
     rng = np.random.default_rng(derive_seed(config.seed, "dfr", "tune"))
     rows = rows_to_fit(_members(split), rng, config)
-    minority = (val.y != val.a).cpu().numpy()
+    minority = val.in_minority.cpu().numpy()
     table = []
     for c, found in _fit_options(features, split, rows, config):
         right = _right(found, val_features, val)[minority]
@@ -240,7 +240,7 @@ def retrain(model, splits: Splits, config: Config) -> tuple[Head, dict]:
         f = metrics.outputs(model, split, config.eval_batch_size)
         results["before"][name] = metrics.summary(f, split, loss, splits.train.shares)
         parts = [head.outputs(h) for h in feature_batches(model, split, config)]
-        on_cpu = Split(split.inputs, split.y.cpu(), split.a.cpu(), split.counts)
+        on_cpu = replace(split, y=split.y.cpu(), a=split.a.cpu())
         results["after"][name] = metrics.summary(
             torch.cat(parts), on_cpu, loss, splits.train.shares
         )

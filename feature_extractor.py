@@ -120,14 +120,15 @@ class Extractor:
         uint8, `len` and `identity`, a text that changes with the pictures. Features come from the
         cache where they are there, else they are computed and kept.
         """
-        extracted = {}
-        for name, split in splits.named().items():
+
+        def extracted(name, split):
             features = self.features(name, split.inputs)
             if self.config.normalize_inputs:
                 features = F.normalize(features)
             # A split's own type, so that whatever else it holds goes along.
-            extracted[name] = dataclasses.replace(split, inputs=features)
-        return dataclasses.replace(splits, **extracted)
+            return dataclasses.replace(split, inputs=features)
+
+        return splits.changed(extracted)
 
     @functools.cached_property
     def backbone(self) -> backbones.Backbone:

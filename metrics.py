@@ -125,10 +125,10 @@ def summary(f: torch.Tensor, split, loss: Loss, train_shares) -> dict[str, float
 
     `worst_*` is over the non-empty groups; `adjusted_acc` weights the group accuracies with the
     shares of the training split (Sagawa et al., 2020), NaN when a group with a share is empty
-    here. `minority_acc` is over the samples whose attribute is not their label, `majority_acc`
-    over the others; NaN where there are none.
+    here. `minority_acc` is over the samples that go against the shortcut (`Split.minority`),
+    `majority_acc` over the others; NaN where there are none.
     """
-    right, minority = float64(correct(f, split.y)).cpu(), (split.y != split.a).cpu()
+    right, minority = float64(correct(f, split.y)).cpu(), split.in_minority.cpu()
     losses = group_means(loss.value(f, split.y), split.slices)
     accuracies = group_means(right, split.slices)
     there = [g for g, count in enumerate(split.counts) if count]

@@ -17,13 +17,15 @@ class Split:
 
     inputs: (N, ...) float32, indexable by slices and index tensors: a tensor, or pictures that
     are made when indexed (use `metrics.batches` to have that done ahead); y, a: (N,), -1 or +1 in
-    float32, or class indices in int64; counts: samples per group, in the order of `Splits.cells`.
+    float32, or class indices in int64; counts: samples per group, in the order of `Splits.cells`;
+    minority: for every group whether it goes against the shortcut, None = where y != a.
     """
 
     inputs: torch.Tensor | Pictures | Composites
     y: torch.Tensor
     a: torch.Tensor
     counts: list[int]
+    minority: tuple[bool, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -32,6 +34,13 @@ class Split:
     def group(self) -> torch.Tensor:
         """Group index of every sample, (N,) int64."""
         return torch.repeat_interleave(torch.tensor(self.counts, device=self.y.device))
+
+    @property
+    def in_minority(self) -> torch.Tensor:
+        """Which samples go against the shortcut, (N,) bool."""
+        if self.minority is None:
+            return self.y != self.a
+        return torch.tensor(self.minority, device=self.y.device)[self.group]
 
     @property
     def slices(self) -> list[slice]:
@@ -50,13 +59,14 @@ class Split:
         return groups.moments(self.counts)
 
     def to(self, device) -> "Split":
-        return Split(self.inputs.to(device), self.y.to(device), self.a.to(device), self.counts)
+        inputs, y, a = (part.to(device) for part in (self.inputs, self.y, self.a))
+        return replace(self, inputs=inputs, y=y, a=a)
 
     def subset(self, index: torch.Tensor, counts: list[int]) -> "Split":
         """The samples at these indices, which have these group counts; pictures stay undecoded."""
         there = isinstance(self.inputs, torch.Tensor)
         inputs = self.inputs[index] if there else self.inputs.subset(index)
-        return Split(inputs, self.y[index], self.a[index], counts)
+        return replace(self, inputs=inputs, y=self.y[index], a=self.a[index], counts=counts)
 
     def augmented(self, seed: int) -> "Split":
         """The split with randomly changed pictures for training; itself if its inputs have none.
@@ -83,8 +93,10 @@ class Split:
 class Splits:
     """All splits of an experiment. All but `train` and `test` may be missing.
 
-    target: a small unbiased set for methods that train on it; dfr: the data for retraining.
+    target: a small unbiased set for methods that train on it; dfr: the data for retraining;
+    more: further evaluation sets by name.
     cells: (y, a) of every group; num_classes: labels that there are.
+    masks: (G, H, W) bool, for every group the pixels on which its shortcut is drawn, or None.
     samples: arrays `pictures` (M, H, W, C) in [0, 1], `y`, `a`, `group`, for looking at.
     skipped: for some splits, the samples of each group that were left out as unreadable.
     facts: where the data came from, as plain data.
@@ -98,6 +110,8 @@ class Splits:
     dfr: Split | None = None
     cells: tuple[tuple[int, int], ...] = groups.GROUPS
     num_classes: int = 2
+    more: dict[str, Split] = field(default_factory=dict)
+    masks: torch.Tensor | None = None
     samples: dict[str, np.ndarray] = field(default_factory=dict)
     skipped: dict[str, list[int]] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
@@ -105,16 +119,24 @@ class Splits:
     def named(self) -> dict[str, Split]:
         """The splits that there are, by name."""
         present = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: split for name, split in present.items() if isinstance(split, Split)}
+        present = {name: split for name, split in present.items() if isinstance(split, Split)}
+        return present | self.more
 
     def evaluated(self) -> dict[str, Split]:
         """The splits on which the network is evaluated: all but DFR's."""
         return {name: split for name, split in self.named().items() if name != "dfr"}
 
+    def changed(self, change) -> "Splits":
+        """The same with `change(name, split)` in place of every split."""
+        changed = {name: change(name, split) for name, split in self.named().items()}
+        more = {name: changed.pop(name) for name in self.more}
+        return replace(self, **changed, more=more)
+
     def to(self, device) -> "Splits":
         """The same splits with their tensors on `device`."""
-        moved = {name: split.to(device) for name, split in self.named().items()}
-        return replace(self, **moved)
+        moved = self.changed(lambda _, split: split.to(device))
+        moved.masks = None if self.masks is None else self.masks.to(device)
+        return moved
 
     def fingerprint(self) -> str:
         """SHA-256 that changes with any sample, label, attribute or count of any split."""

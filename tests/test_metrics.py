@@ -169,3 +169,12 @@ def test_outputs_of_several_classes_in_batches():
         assert torch.equal(metrics.outputs(torch.nn.Identity(), split, size), split.inputs)
     sizes = [len(x) for _, _, x in metrics.batches(split, metrics.evaluation_plan(split, 4))]
     assert sizes == [4, 4, 4, 3]  # across the groups
+
+
+def test_the_minority_can_be_told_by_group():
+    split = make_split((2, 1, 1, 2))
+    split.minority = (False, False, False, True)
+    f = torch.tensor([-1.0, 1.0, -1.0, 1.0, 1.0, -1.0])
+    found = metrics.summary(f, split, metrics.LOSSES["logistic"], split.shares)
+    assert found["minority_acc"] == 0.5  # of the last two samples
+    assert found["majority_acc"] == 0.75  # of the first four

@@ -45,6 +45,38 @@ def test_the_target_set_is_evaluated_and_the_data_for_retraining_are_not():
     assert splits.to("cpu").target.counts == [1, 1, 1, 1]
 
 
+def test_further_evaluation_sets_are_evaluated_moved_and_told_apart():
+    splits = make_splits()
+    before = splits.fingerprint()
+    splits.dfr = make_split((1, 2, 1, 1))
+    splits.more = {"clean": make_split((2, 0, 2, 0)), "opposite": make_split((0, 2, 0, 2))}
+    splits.masks = torch.eye(4).bool()[:, None]
+    assert list(splits.evaluated()) == ["train", "test", "clean", "opposite"]
+    assert {row["split"] for row in splits.count_rows()} == {*splits.named()}
+    changed = splits.changed(lambda name, split: split.subset(torch.arange(1), [1, 0, 0, 0]))
+    assert [len(split) for split in changed.named().values()] == [1] * 5
+    assert splits.more["clean"].counts == [2, 0, 2, 0]
+    moved = splits.to("meta")
+    assert moved.more["clean"].y.is_meta and moved.masks.is_meta and moved.dfr.a.is_meta
+    found = {before, splits.fingerprint()}
+    splits.more["clean"].y[0] *= -1
+    found.add(splits.fingerprint())
+    splits.more = dict(zip(("opposite", "clean"), splits.more.values()))
+    found.add(splits.fingerprint())
+    assert len(found) == 4
+
+
+def test_the_minority_is_where_the_attribute_is_not_the_label_or_as_told():
+    split = make_split((1, 2, 1, 1))
+    assert split.in_minority.tolist() == [False, True, True, True, False]
+    split.minority = (True, False, False, False)
+    assert split.in_minority.tolist() == [True, False, False, False, False]
+    assert split.to("cpu").minority == split.minority
+    assert split.subset(torch.tensor([4]), [0, 0, 0, 1]).in_minority.tolist() == [False]
+    lazy = Split(composites(5), torch.ones(5), torch.ones(5), [0, 0, 0, 5], split.minority)
+    assert lazy.augmented(3).minority == split.minority
+
+
 def test_subsets_and_augmentation_of_lazy_inputs():
     split = Split(composites(5), torch.ones(5), torch.ones(5), [0, 0, 0, 5])
     few = split.subset(torch.tensor([1, 4]), [0, 0, 0, 2])
