@@ -20,7 +20,9 @@ import json
 import logging
 import math
 import sys
-from dataclasses import dataclass, replace
+import zipfile
+import zlib
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +34,7 @@ import last_layer
 import logistic
 import metrics
 from config import Config, derive_seed
-from errors import ConfigError, DataError
+from errors import ConfigError, DataError, UserError
 from model import ScaledLinear, fresh_classifier, target_layer
 from splits import Split, Splits
 
@@ -326,6 +328,15 @@ def save(folder, head: Head, results: dict, group_names: list[str]) -> None:
     files.write_text(folder / "dfr_results.txt", text(results, group_names))
     strict = json.dumps(_without_nan(results), indent=2, allow_nan=False)
     files.write_text(folder / "dfr_results.json", strict + "\n")
+
+
+def load_head(path: Path) -> Head:
+    """The head in a `dfr_model.npz`. Raises `UserError` when it is not there or not readable."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Head(**{f.name: arrays[f.name].astype(np.float64) for f in fields(Head)})
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: not readable, {error}") from None
 
 
 def _without_nan(value):
