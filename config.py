@@ -7,9 +7,11 @@ problem at once. `python config.py` prints the table of keys for the README.
 import difflib
 import hashlib
 from itertools import islice
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
+from pydantic.fields import FieldInfo
 
 import config_checks
 import strict_yaml
@@ -38,6 +40,9 @@ BackboneName = Annotated[
 Text = Annotated[
     str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\p{Cc}\p{Zl}\p{Zp}]*$")
 ]
+Digit = Annotated[int, Field(ge=0, le=9)]
+Labels = Annotated[list[Digit], Field(min_length=2, max_length=10)]
+Pixels = Annotated[int, Field(ge=1, le=28)]
 PROBLEMS = 50  # in one error
 OVERRIDES = 32_000  # characters in all
 
@@ -51,6 +56,13 @@ ALLOWED = {
     "PretrainedWeights": "null (the libraries' own), a file (.safetensors, .pth)",
     "Epochs": "null (every epoch) or a list of up to 1000 epochs, such as [0, 1, 5]; [] = never",
     "GroupPairs": config_checks.PAIRS,
+    "Labels": "a list of 2 to 10 different digits",
+    "Shortcut": "{kind: square, position: …, size: …}, {kind: lines, orientation: …, distance: …}, "
+    "{kind: none}",
+    "SpuriousFeatures": "null, or a mapping {label: {main: shortcut, minority: shortcut, "
+    "probability: …}} with {kind: square, position: left_top, left_bottom, right_top or "
+    "right_bottom, size: 1 to 28}, {kind: lines, orientation: horizontal or vertical, distance: 1 "
+    "to 28} or {kind: none}",
 }
 MINORITY_MAJORITY = [[[-1, 1], [-1, -1]], [[1, -1], [1, 1]]]
 
@@ -80,6 +92,54 @@ class PairsConfig(Section):
     )
 
 
+class Square(Section):
+    """A white square in a corner of the picture."""
+
+    kind: Literal["square"]
+    position: Literal["left_top", "left_bottom", "right_top", "right_bottom"] = Field(
+        description="the corner"
+    )
+    size: Pixels = Field(description="side in pixels")
+
+
+class Lines(Section):
+    """White lines over the whole picture, behind the digit."""
+
+    kind: Literal["lines"]
+    orientation: Literal["horizontal", "vertical"] = Field(description="of the lines")
+    distance: Pixels = Field(description="from one to the next in pixels")
+
+
+class NoShortcut(Section):
+    kind: Literal["none"]
+
+
+Shortcut = Annotated[Square | Lines | NoShortcut, Field(discriminator="kind")]
+
+
+class SpuriousFeature(Section):
+    """What is drawn on the digits of a label."""
+
+    main: Shortcut = Field(
+        description="shortcut of the share `probability`",
+        json_schema_extra={"allowed": ALLOWED["Shortcut"]},
+    )
+    minority: Shortcut | None = key(None, "shortcut of the others; null = none", "Shortcut")
+    probability: Annotated[float, Field(ge=0, le=1)] = key(1.0, "share with the main shortcut")
+
+
+SpuriousFeatures = Annotated[
+    dict[Literal[tuple("0123456789")], SpuriousFeature], Field(max_length=10)
+]
+# The i-th label's own shortcut where `spurious_features` is null.
+SHORTCUTS = (
+    *({"kind": "square", "position": corner, "size": 4} for corner in (
+        "left_top", "right_bottom", "right_top", "left_bottom")),
+    *({"kind": "lines", "orientation": orientation, "distance": distance}
+      for distance in (7, 5, 9) for orientation in ("vertical", "horizontal")),
+)  # fmt: skip
+
+
 class WandbConfig(Section):
     enable: bool = key(True, "log to Weights & Biases as well as to the CSV files")
     project: Text = key("spurious-correlations", "project on wandb", "Text")
@@ -100,7 +160,7 @@ class Config(Section):
     results_dir: Text = key("results", "folder of the results folders", "Text")
     data_dir: Text = key("data", "folder of the data sets", "Text")
 
-    dataset_name: Literal["ColoredMNIST", "WaterBirds", "Dominoes"] = key(
+    dataset_name: Literal["ColoredMNIST", "WaterBirds", "Dominoes", "SpuriousMNIST"] = key(
         "ColoredMNIST", "data set"
     )
     mnist_source: Literal["embedded", "full"] = key(
@@ -116,19 +176,34 @@ class Config(Section):
     val_target_size: Annotated[int, Field(ge=0, le=50_000)] = key(
         2000, "pictures without shortcut taken from training: half validation, half target set"
     )
+    labels: Labels = key(
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], "digits of SpuriousMNIST, each a class", "Labels"
+    )
+    spurious_features: SpuriousFeatures | None = key(
+        None,
+        "what is drawn on the digits of which label; null = every label has a main shortcut of its "
+        "own and the next label's as its minority's, probability 0.95",
+        "SpuriousFeatures",
+    )
+    only_spurious: bool = key(False, "draw the shortcuts without the digits in training")
+    opposite_spurious_features: SpuriousFeatures | None = key(
+        None,
+        "the same for the evaluation set opposite; null = main and minority exchanged",
+        "SpuriousFeatures",
+    )
     image_size: Literal[32, 224] = key(
         32, "32 = 64 rows of 32 pixels, 224 = 224 × 224, as feature extractors take them"
     )
     num_train_samples: Count | None = key(
         3000,
-        "training samples, DFR's hold-out included, of ten classes as many each; null = as many as "
-        "there are",
+        "training samples, DFR's hold-out included, of several classes as many each; null = as many "
+        "as there are",
     )
     num_val_samples: Samples | None = key(
         0, "validation samples; 0 = none, null = all that there are, or are left"
     )
     num_test_samples: Count | None = key(
-        1000, "test samples, of ten classes as many each; null = as many as there are"
+        1000, "test samples, of several classes as many each; null = as many as there are"
     )
     train_correlation: Moment = key(0.8, "covariance of y and a in training, E[ya] - E[y]E[a]")
     train_label_marginal: Moment = key(0.0, "E[y] in training: 0 = balanced")
@@ -246,6 +321,9 @@ class Config(Section):
     mixed_precision: bool = key(
         True, "bfloat16 in the body of a ConvNet or ResNet while training on CUDA"
     )
+    early_stopping_patience: Annotated[int, Field(ge=1, le=1_000_000)] | None = key(
+        None, "epochs without a smaller validation loss after which training ends; null = never"
+    )
     checkpoint_every: Annotated[int, Field(ge=1, le=1_000_000)] | None = key(
         10, "epochs between checkpoints; null = only at the end and when stopped by a signal"
     )
@@ -287,6 +365,15 @@ class Config(Section):
     )
     dfr_val_ratio: Annotated[float, Field(ge=0, lt=1)] = key(
         0.2, "share of every training group set aside by split_from_train, DFR or not"
+    )
+    dfr_spurious_features: SpuriousFeatures | None = key(
+        None,
+        "what is drawn on DFR's digits; null = every shortcut of training and none equally often "
+        "on every label",
+        "SpuriousFeatures",
+    )
+    dfr_reuse_train: bool = key(
+        False, "retrain on the training digits, redrawn; false: on digits set aside"
     )
     dfr_balance: bool | None = key(
         None, "fit on group-balanced subsets, not on all; null = except for the target set"
@@ -350,11 +437,22 @@ SECTIONS = {
 def _derived(config: Config) -> dict[str, Any]:
     """What null stands for where that depends on other keys."""
     published = config.dfr_val_split_strategy != "target"
+    drawn = config.dataset_name == "SpuriousMNIST"
     return {
+        "spurious_features": _own_shortcuts(config.labels) if drawn else None,
         "weight_decay": DEFAULT_WEIGHT_DECAY[config.optimizer],
         "group_batches": "full" if config.model_name == "MLP" else "mini",
         "dfr_balance": published,
         "dfr_standardize": published,
+    }
+
+
+def _own_shortcuts(labels) -> dict[str, SpuriousFeature]:
+    """A main shortcut of its own for every label, and the next label's as the minority's."""
+    own = SHORTCUTS[: len(labels)]
+    return {
+        str(label): SpuriousFeature(main=main, minority=minority, probability=0.95)
+        for label, main, minority in zip(labels, own, (*own[1:], own[0]))
     }
 
 
@@ -380,8 +478,7 @@ def changes_results(old: Config, new: Config) -> list[str]:
         # A schedule over the epochs is another one over more of them.
         longer = name == "epochs" and after > before and old.scheduler == "none"
         if before != after and not longer and name not in FREE_TO_CHANGE:
-            shown = show(before.model_dump() if isinstance(before, BaseModel) else before)
-            given = show(after.model_dump() if isinstance(after, BaseModel) else after)
+            shown, given = (show(c.resolved()[name]) for c in (old, new))
             more = " or more" if name == "epochs" and old.scheduler == "none" else ""
             lines.append(
                 f"{name}: given {given}, but the run to resume has {shown}; allowed: {shown}{more}"
@@ -477,27 +574,56 @@ def _near(name: str, known) -> str:
 
 def _place(location) -> tuple[list[str], Any]:
     """(names of the setting, its field) of an error's location; the field of no setting is None."""
-    names, field, section = [], None, Config
+    names, field, inside = [], None, Config
     for part in map(str, location):
-        if section is None:  # within a value
+        sections = _sections(inside)
+        if part in sections:  # which of several sections it is
+            inside = sections[part]
+            continue
+        if part == "[key]":
+            return names, None
+        if len(sections) == 1:
+            (section,) = sections.values()
+            field = section.model_fields.get(part)
+        elif get_origin(_without_null(inside)) is dict:
+            field = FieldInfo.from_annotation(get_args(_without_null(inside))[1])
+        else:  # within a value
             break
         names.append(part)
-        field, section = section.model_fields.get(part), None
-        if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            section = field.annotation
+        inside = field and field.annotation
     return names, field
+
+
+def _without_null(annotation) -> Any:
+    """The type that null or constraints are added to."""
+    if get_origin(annotation) is Annotated:
+        return _without_null(get_args(annotation)[0])
+    inner = [arg for arg in get_args(annotation) if arg is not type(None)]
+    return _without_null(inner[0]) if len(inner) < len(get_args(annotation)) else annotation
+
+
+def _sections(annotation) -> dict[str, type[Section]]:
+    """The sections that a type consists of, by their `kind` (a single one by its name)."""
+    annotation = _without_null(annotation)
+    parts = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+    sections = [p for p in parts if isinstance(p, type) and issubclass(p, Section)]
+    if len(sections) < 2:
+        return {section.__name__: section for section in sections}
+    return {get_args(section.model_fields["kind"].annotation)[0]: section for section in sections}
 
 
 def _problem(names, field, kind: str, document: dict) -> str:
     """What is wrong with one setting of the document; kind: pydantic's name of the error."""
     full, given = ".".join(names), document
+    if kind == "missing":
+        return f"{full}: not given; allowed: {_field_allowed(field)}"
     for name in names:
         given = given[name]
     if field is None:
         known, sections = [name for name, _, _ in fields()], []
         if len(names) == 1:
             sections = [name for name in Config.model_fields if name not in known]
-        hint = _near(full, known + sections)
+        hint = _near(full, [n for n in known + sections if not full.startswith(f"{n}.")])
         if len(names) == 1 and full in known:
             section, _, name = full.partition(".")
             hint = f"; in a file it is written {section}: {{{name}: …}}"
@@ -520,6 +646,9 @@ def validate(document: dict, problems=()) -> Config:
     problems, document = list(problems), dict(document)
     if "debias_method" in document and document["debias_method"] is None:
         document["debias_method"] = "None"
+    for name in ("spurious_features", "opposite_spurious_features", "dfr_spurious_features"):
+        if isinstance(document.get(name), dict):  # labels may be numbers
+            document[name] = {str(label): feature for label, feature in document[name].items()}
     bad, wrong = {}, set()
     try:
         config = Config.model_validate(document)

@@ -101,11 +101,25 @@ def _check_target_size(c):
 
 
 def _check_loss(c):
-    ten = c["dataset_name"] == "Dominoes" and c["dominoes_classes"] == "ten"
-    if ten and c["loss_function"] != "cross_entropy":
+    dataset = c["dataset_name"]
+    ten = dataset == "Dominoes" and c["dominoes_classes"] == "ten"
+    if (ten or dataset == "SpuriousMNIST") and c["loss_function"] != "cross_entropy":
+        why = "dominoes_classes: ten has ten classes" if ten else f"{dataset} has classes"
+        yield f"loss_function: given {c['loss_function']}, but {why}; allowed: cross_entropy"
+
+
+def _check_labels(c):
+    labels = c["labels"]
+    if len(set(labels)) < len(labels):
+        yield f"labels: given {show(labels)}; allowed: a list of 2 to 10 different digits"
+
+
+def _check_features(c, name):
+    unknown = [label for label in c[name] or {} if int(label) not in c["labels"]]
+    if unknown:
         yield (
-            f"loss_function: given {c['loss_function']}, but dominoes_classes: ten has ten "
-            "classes; allowed: cross_entropy"
+            f"{name}: given for {', '.join(unknown)}; allowed: the labels, "
+            f"{', '.join(map(str, c['labels']))}"
         )
 
 
@@ -180,12 +194,30 @@ def _check_batch_norm(c):
         )
 
 
+def _validation_key(c) -> str:
+    return "val_target_size" if c["dataset_name"] == "Dominoes" else "num_val_samples"
+
+
+def _check_early_stopping(c):
+    patience, val = c["early_stopping_patience"], _validation_key(c)
+    if patience and c[val] == 0:
+        yield (
+            f"early_stopping_patience: given {patience}, which goes by the validation loss, but "
+            f"{val} is 0; allowed: null, or {val} above 0"
+        )
+
+
 def _check_best(c):
-    val = "val_target_size" if c["dataset_name"] == "Dominoes" else "num_val_samples"
+    val = _validation_key(c)
     if c["use_dfr"] and c["dfr_network"] == "best" and c[val] == 0:
         yield (
             f"dfr_network: given best, which validation data tell, but {val} is 0; allowed: last"
         )
+
+
+def _reuses_train(dataset: str, dfr_reuse_train: bool) -> bool:
+    """Whether DFR's data are those of training, so that nothing is set aside."""
+    return dataset == "SpuriousMNIST" and dfr_reuse_train
 
 
 def _check_ratio(c):
@@ -193,6 +225,7 @@ def _check_ratio(c):
         c["use_dfr"]
         and c["dfr_val_split_strategy"] == "split_from_train"
         and not c["dfr_val_ratio"]
+        and not _reuses_train(c["dataset_name"], c["dfr_reuse_train"])
     ):
         yield "dfr_val_ratio: given 0, which leaves DFR no data; allowed: above 0, below 1"
 
@@ -248,11 +281,16 @@ CHECKS = [
     _check_target_size,
     _check_image_size,
     _check_loss,
+    _check_labels,
+    lambda c: _check_features(c, "spurious_features"),
+    lambda c: _check_features(c, "opposite_spurious_features"),
+    lambda c: _check_features(c, "dfr_spurious_features"),
     _check_scalar,
     _check_inputs,
     _check_layer,
     _check_method,
     _check_batch_norm,
+    _check_early_stopping,
     _check_best,
     _check_ratio,
     _check_block,
@@ -266,10 +304,27 @@ CHECKS = [
 # Keys that only some settings use: (condition under which they count, why they do not, keys).
 EFFECT = [
     (
-        lambda c: c.dataset_name in ("ColoredMNIST", "Dominoes"),
-        "only for ColoredMNIST and Dominoes",
+        lambda c: c.dataset_name != "WaterBirds",
+        "only for data sets of digits",
         ["mnist_source"],
     ),
+    (
+        lambda c: c.dataset_name == "SpuriousMNIST",
+        "only for SpuriousMNIST",
+        [
+            "labels",
+            "spurious_features",
+            "only_spurious",
+            "opposite_spurious_features",
+            "dfr_reuse_train",
+        ],
+    ),
+    (
+        lambda c: c.dataset_name == "SpuriousMNIST" and c.use_dfr,
+        "only for SpuriousMNIST with use_dfr",
+        ["dfr_spurious_features"],
+    ),
+    (lambda c: c.dataset_name != "SpuriousMNIST", "digits are grey", ["use_grayscale"]),
     (
         lambda c: c.dataset_name == "Dominoes",
         "only for Dominoes",
@@ -291,8 +346,13 @@ EFFECT = [
         ["num_val_samples"],
     ),
     (
-        lambda c: c.dataset_name in DRAWN_TO_MOMENTS,
+        lambda c: c.dataset_name != "WaterBirds",
         "the data set comes with its groups",
+        _moments_keys("train") + _moments_keys("test"),
+    ),
+    (
+        lambda c: c.dataset_name != "SpuriousMNIST",
+        "SpuriousMNIST has the groups of spurious_features",
         _moments_keys("train") + _moments_keys("test"),
     ),
     (
@@ -308,6 +368,11 @@ EFFECT = [
     (
         lambda c: c.dfr_val_split_strategy == "split_from_train",
         "only for split_from_train",
+        ["dfr_val_ratio"],
+    ),
+    (
+        lambda c: not _reuses_train(c.dataset_name, c.dfr_reuse_train),
+        "with dfr_reuse_train nothing is set aside",
         ["dfr_val_ratio"],
     ),
     (lambda c: c.debias_method == "GroupDRO", "only for GroupDRO", ["dro_eta_q"]),

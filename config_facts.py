@@ -3,7 +3,12 @@
 Neither torch nor the registries are imported for a configuration; tests hold these against them.
 """
 
-HAS_OFFICIAL_VALIDATION = {"ColoredMNIST": False, "WaterBirds": True, "Dominoes": False}
+HAS_OFFICIAL_VALIDATION = {
+    "ColoredMNIST": False,
+    "WaterBirds": True,
+    "Dominoes": False,
+    "SpuriousMNIST": False,
+}
 # Data sets whose groups are drawn to the configured correlation and marginals.
 DRAWN_TO_MOMENTS = ("ColoredMNIST", "Dominoes")
 # Pictures that Dominoes has for training, and into how many equal parts its target set is cut:

@@ -4,13 +4,14 @@ A new data set is one file in `data_sets/` whose `load(config)` returns `Splits`
 """
 
 from config import Config
-from data_sets import colored_mnist, dominoes, waterbirds
+from data_sets import colored_mnist, dominoes, spurious_mnist, waterbirds
 from splits import Splits
 
 DATASETS = {
     "ColoredMNIST": colored_mnist.load,
     "WaterBirds": waterbirds.load,
     "Dominoes": dominoes.load,
+    "SpuriousMNIST": spurious_mnist.load,
 }
 
 

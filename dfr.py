@@ -431,7 +431,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # What of DFR decides about the training data, and so about the network.
-SPLITTING = ("dfr_val_split_strategy", "dfr_val_ratio")
+SPLITTING = (
+    "dfr_val_split_strategy", "dfr_val_ratio", "dfr_reuse_train", "dfr_spurious_features",
+)  # fmt: skip
 
 
 def retrain_run(folder: Path, overrides=()) -> Path:

@@ -9,6 +9,7 @@ from errors import DataError
 from splits import Split
 
 SAMPLES_PER_GROUP = 8
+CHUNK = 4096  # pictures at once
 
 
 class Pool:
@@ -102,6 +103,15 @@ def labels(counts, cells=groups.GROUPS) -> tuple[torch.Tensor, torch.Tensor]:
     y, a = torch.tensor(cells, dtype=kind).T
     repeats = torch.tensor(counts)
     return y.repeat_interleave(repeats), a.repeat_interleave(repeats)
+
+
+def prepared(split: Split, config: Config) -> Split:
+    """The split with inputs scaled to unit L2 norm, in place, unless switched off."""
+    if config.normalize_inputs and not config.use_feature_extractor:
+        for inputs in split.inputs.flatten(1).split(CHUNK):
+            # An all-zero picture has no direction; it stays zero.
+            inputs /= inputs.norm(dim=1, keepdim=True).clamp_min(torch.finfo(inputs.dtype).tiny)
+    return split
 
 
 def shown(split: Split, pictures: torch.Tensor) -> dict[str, np.ndarray]:

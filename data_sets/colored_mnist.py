@@ -4,12 +4,10 @@ import numpy as np
 import torch
 
 from config import Config, derive_seed
-from drawing import SAMPLES_PER_GROUP, Pool, draw_to_moments, hold_out, labels, shown
+from drawing import CHUNK, SAMPLES_PER_GROUP, Pool, draw_to_moments, hold_out, labels, prepared, shown
 from pictures import LUMA
 from sources import mnist
 from splits import Split, Splits
-
-CHUNK = 4096
 
 
 def load(config: Config) -> Splits:
@@ -33,16 +31,16 @@ def load(config: Config) -> Splits:
 
     samples = _colour(train_digits.images, [i[:SAMPLES_PER_GROUP] for i in train], config)
     splits = Splits(
-        train=_prepared(_colour(train_digits.images, train, config), config),
-        test=_prepared(_colour(test_digits.images, test, config), config),
+        train=prepared(_colour(train_digits.images, train, config), config),
+        test=prepared(_colour(test_digits.images, test, config), config),
         group_names=["digit < 5, green", "digit < 5, red", "digit ≥ 5, green", "digit ≥ 5, red"],
         samples=shown(samples, samples.inputs),
         facts={"mnist": config.mnist_source},
     )
     if sum(map(len, val)):
-        splits.val = _prepared(_colour(train_digits.images, val, config), config)
+        splits.val = prepared(_colour(train_digits.images, val, config), config)
     if sum(map(len, held_out)):
-        splits.dfr = _prepared(_colour(train_digits.images, held_out, config), config)
+        splits.dfr = prepared(_colour(train_digits.images, held_out, config), config)
     return splits
 
 
@@ -63,12 +61,3 @@ def _colour(images: np.ndarray, indices: list[np.ndarray], config: Config) -> Sp
         gray = torch.from_numpy(images[order[part]]).float().div_(255)
         torch.mul(gray[:, None], channels[part, :, None, None], out=pictures[part])
     return Split(pictures, y, a, counts)
-
-
-def _prepared(split: Split, config: Config) -> Split:
-    """The split with inputs scaled to unit L2 norm, in place, unless switched off."""
-    if config.normalize_inputs and not config.use_feature_extractor:
-        for inputs in split.inputs.flatten(1).split(CHUNK):
-            # An all-zero picture has no direction; it stays zero.
-            inputs /= inputs.norm(dim=1, keepdim=True).clamp_min(torch.finfo(inputs.dtype).tiny)
-    return split
