@@ -14,8 +14,6 @@ With `dfr_solver: sgd` the last layer is trained anew by gradient descent instea
     python dfr.py --run results/<run> --compare               with both solvers, in one table
 """
 
-import csv
-import io
 import json
 import logging
 import math
@@ -477,11 +475,7 @@ def compare_solvers(folder: Path, overrides=()) -> Path:
         files.write_text(place / solver / "config_used.yaml", configuration)
         save(place / solver, head, results, splits.group_names)
     rows = comparison({solver: results for solver, (_, results) in found.items()})
-    table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    files.write_text(place / "dfr_comparison.csv", table.getvalue())
+    files.write_csv(place / "dfr_comparison.csv", rows)
     files.write_text(place / "dfr_comparison.txt", comparison_text(rows))
     log.info("%s", comparison_text(rows))
     return place

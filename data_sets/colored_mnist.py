@@ -4,7 +4,16 @@ import numpy as np
 import torch
 
 from config import Config, derive_seed
-from drawing import CHUNK, SAMPLES_PER_GROUP, Pool, draw_to_moments, hold_out, labels, prepared, shown
+from drawing import (
+    CHUNK,
+    SAMPLES_PER_GROUP,
+    Pool,
+    draw_to_moments,
+    hold_out,
+    labels,
+    prepared,
+    shown,
+)
 from pictures import LUMA
 from sources import mnist
 from splits import Split, Splits
