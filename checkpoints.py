@@ -18,8 +18,8 @@ log = logging.getLogger(f"spurious.{__name__}")
 
 KEPT = 2
 STATE = {
-    "epoch", "step", "model", "optimizer", "method", "summaries", "best", "table_sizes",
-    "gram_epochs", "data"
+    "epoch", "step", "model", "optimizer", "method", "summaries", "best", "lowest", "table_sizes",
+    "gram_epochs", "data",
 }  # fmt: skip
 BEST = {"epoch", "score", "summaries", "model", "data"}
 

@@ -181,8 +181,8 @@ class Config(Section):
     )
     spurious_features: SpuriousFeatures | None = key(
         None,
-        "what is drawn on the digits of which label; null = every label has a main shortcut of its "
-        "own and the next label's as its minority's, probability 0.95",
+        "what is drawn on which label's digits; null = each its own main shortcut, the next one's "
+        "as minority, probability 0.99",
         "SpuriousFeatures",
     )
     only_spurious: bool = key(False, "draw the shortcuts without the digits in training")
@@ -196,8 +196,8 @@ class Config(Section):
     )
     num_train_samples: Count | None = key(
         3000,
-        "training samples, DFR's hold-out included, of several classes as many each; null = as many "
-        "as there are",
+        "training samples, DFR's hold-out included, of several classes as many each; null = as "
+        "many as there are",
     )
     num_val_samples: Samples | None = key(
         0, "validation samples; 0 = none, null = all that there are, or are left"
@@ -451,7 +451,7 @@ def _own_shortcuts(labels) -> dict[str, SpuriousFeature]:
     """A main shortcut of its own for every label, and the next label's as the minority's."""
     own = SHORTCUTS[: len(labels)]
     return {
-        str(label): SpuriousFeature(main=main, minority=minority, probability=0.95)
+        str(label): SpuriousFeature(main=main, minority=minority, probability=0.99)
         for label, main, minority in zip(labels, own, (*own[1:], own[0]))
     }
 
@@ -623,7 +623,7 @@ def _problem(names, field, kind: str, document: dict) -> str:
         known, sections = [name for name, _, _ in fields()], []
         if len(names) == 1:
             sections = [name for name in Config.model_fields if name not in known]
-        hint = _near(full, [n for n in known + sections if not full.startswith(f"{n}.")])
+        hint = _near(full, [n for n in known + sections if n.count(".") == full.count(".")])
         if len(names) == 1 and full in known:
             section, _, name = full.partition(".")
             hint = f"; in a file it is written {section}: {{{name}: …}}"

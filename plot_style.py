@@ -13,6 +13,10 @@ SPLIT_TITLES = {
     "val": "validation",
     "target": "target set",
     "test": "test",
+    "opposite": "test, opposite shortcuts",
+    "clean": "test, no shortcuts",
+    "all_main": "test, main shortcut on all",
+    "shortcut_only": "test, main shortcut without digits",
     "test_under_train": "test gap, training gradient",
 }
 # Beyond any float32; squares and sums of what is below stay finite in float64.

@@ -55,6 +55,8 @@ TABLES = ("training_history.csv", "analysis.csv", "dfr_results.json", "samples.n
 TEXTS = ("split", "name", "analysis", "pair", "quantity")
 PICTURES_PER_GROUP = 8
 GROUPS_PER_PAGE = 8
+SAMPLE_ROWS = 24
+MORE_SETS = ("opposite", "clean", "all_main", "shortcut_only")  # than train, val, target and test
 MAX_SAMPLES = 2**26  # bytes; 32 pictures of 112 × 112 are 2**22
 
 
@@ -317,6 +319,24 @@ def group_accuracies(run: Run) -> Figure | None:
     epoch = f"Test accuracy in % of every group at epoch {last.epoch.iloc[0]}{missing}"
     figure.suptitle(title(run, epoch))
     return figure
+
+
+def evaluation_sets(run: Run) -> Figure | None:
+    """Where there are further evaluation sets: worst-group and average accuracy on each."""
+    more = [name for name in MORE_SETS if f"{name}_avg_acc" in run.history]
+    if not more:
+        return None
+    history = run.history
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2, squeeze=False, sharex=True, sharey=True)
+    for ax, kind, text in zip(axes[0], ("worst", "avg"), ("worst group", "average")):
+        for style, name in zip(PAIR_STYLES, ["test", *more]):
+            label = "test, as trained" if name == "test" else SPLIT_TITLES[name]
+            curve(ax, history.epoch, column(history, f"{name}_{kind}_acc"), style, label)
+        ax.set_title(text)
+    share_axis(axes[0], "accuracy")
+    legend_below(figure)
+    return finish(run, figure, axes, "Evaluation sets", history.epoch)
 
 
 def gap_pairs(run: Run) -> list[tuple[str, str]]:
@@ -602,27 +622,26 @@ def dfr(run: Run) -> Figure | None:
     return figure
 
 
-def read_pictures(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """All arrays of a file: `pictures` (M, H, W, 1 or 3), and others with M entries.
+def read_pictures(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file: `pictures` (M, H, W, 1 or 3), `group`, `y`, `a` (M,), others (M, H, W).
 
-    Raises `PlotError` when one of these names is missing.
+    Raises `PlotError` for other shapes and what is not numbers.
     """
     with readable(path):
         unpacked = sum(member.file_size for member in zip_files.members(path))
         if unpacked > MAX_SAMPLES:
             raise PlotError(f"{path}: {unpacked} bytes unpacked; allowed: up to {MAX_SAMPLES}")
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in (*names, *file)}
-        pictures = arrays["pictures"]
-        if (
-            pictures.ndim != 4
-            or pictures.shape[-1] not in (1, 3)
-            or pictures.dtype.kind not in "fu"
-        ):
-            raise ValueError(f"pictures of shape {pictures.shape}, {pictures.dtype}")
-        for name in names:
-            if arrays[name].shape != pictures.shape[:1]:
-                raise ValueError(f"{len(pictures)} pictures, {name} of shape {arrays[name].shape}")
+            arrays = dict(file)
+        pictures, _ = arrays["pictures"], arrays["group"]
+        if pictures.ndim != 4 or pictures.shape[-1] not in (1, 3):
+            raise ValueError(f"pictures of shape {pictures.shape}")
+        for name, values in arrays.items():
+            expected = pictures.shape[: {"pictures": 4, "group": 1, "y": 1, "a": 1}.get(name, 3)]
+            if values.shape != expected or values.dtype.kind not in "fiu":
+                raise ValueError(
+                    f"{len(pictures)} pictures, {name} of shape {values.shape}, {values.dtype}"
+                )
     return arrays
 
 
@@ -634,14 +653,16 @@ def show_picture(ax, picture: np.ndarray) -> None:
 
 
 def samples(run: Run) -> Figure | None:
-    """Training pictures, one row a group; of many groups, one row a class."""
+    """Training pictures, one row a group; where these are too many, one row a class."""
     path = run.folder / "samples.npz"
     if not present(path):
         return None
-    arrays = read_pictures(path, "y" if run.many else "group")
-    pictures, members = arrays["pictures"], arrays["y" if run.many else "group"]
+    arrays = read_pictures(path)
+    by_class = len(np.unique(arrays["group"])) > SAMPLE_ROWS
+    with readable(path):
+        pictures, members = arrays["pictures"], arrays["y" if by_class else "group"]
     labels = run.labels
-    if run.many:
+    if by_class:
         names = run.counts.drop_duplicates("y").set_index("y").name
         labels = names.astype(str).str.rpartition(", ")[0].to_dict()
     shown = [g for g in labels if (members == g).any()]
@@ -673,12 +694,9 @@ def gradcam(run: Run) -> list[Figure]:
     path = run.folder / "gradcam.npz"
     if not present(path):
         return []
-    arrays = read_pictures(path, "group")
+    arrays = read_pictures(path)
     pictures, group = arrays["pictures"], arrays["group"]
     heat = {name: arrays[name] for name in ("before_dfr", "after_dfr") if name in arrays}
-    for name, maps in heat.items():
-        if maps.shape != pictures.shape[:3] or maps.dtype.kind != "f":
-            raise PlotError(f"{path}: {name} of shape {maps.shape}, {maps.dtype}")
     shown = [g for g in run.labels if (group == g).any()]
     pages = [shown[i : i + GROUPS_PER_PAGE] for i in range(0, len(shown), GROUPS_PER_PAGE)]
     return [_gradcam_page(run, pictures, heat, group, page) for page in pages]
@@ -725,7 +743,14 @@ ANALYSIS_FIGURES = (
     model_output_expectation,
 )
 METHOD_FIGURES = {"SCALE": scale}  # by what they are called in the table
-HISTORY_FIGURES = (training_history, group_curves, group_accuracies, gaps, misclassification)
+HISTORY_FIGURES = (
+    training_history,
+    group_curves,
+    group_accuracies,
+    evaluation_sets,
+    gaps,
+    misclassification,
+)
 FIGURES = {
     make.__name__: make
     for make in (

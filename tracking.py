@@ -170,15 +170,16 @@ class Run:
     def save_data(self, count_rows: list[dict], samples: dict) -> None:
         """Write `group_counts.csv` and, if wanted, `samples.npz`."""
         files.write_csv(self.folder / "group_counts.csv", count_rows, COUNT_COLUMNS)
+        width = max(len(row["split"]) for row in count_rows)
         for row in count_rows:
             # A hundred groups would fill pages; their table has them all.
             level = logging.INFO if len(count_rows) <= 40 else logging.DEBUG
-            log.log(level, "%(split)-6s %(count)6d × %(name)s", row)
+            log.log(level, "%-*s %6d × %s", width, row["split"], row["count"], row["name"])
         if len(count_rows) > 40:
             for split in dict.fromkeys(row["split"] for row in count_rows):
                 counts = [row["count"] for row in count_rows if row["split"] == split]
-                there = sum(count > 0 for count in counts)
-                log.info("%-6s %6d in %d of %d groups", split, sum(counts), there, len(counts))
+                there = (sum(count > 0 for count in counts), len(counts))
+                log.info("%-*s %6d in %d of %d groups", width, split, sum(counts), *there)
         if self.config.show_and_save_samples:
             files.save(self.folder / "samples.npz", lambda file: np.savez(file, **samples))
 
@@ -235,14 +236,19 @@ class Run:
         for split, summary in summaries.items():
             self.summary |= {f"{prefix}{split}_{name}": value for name, value in summary.items()}
         test = summaries["test"]
+        when = {"": "", "dfr_": " after DFR", "best_": f" at the best val epoch, {epoch}"}[prefix]
         log.info(
             "Test accuracy%s: worst group %.3f, minority %.3f, average %.3f, adjusted %.3f",
-            {"": "", "dfr_": " after DFR", "best_": f" at the best val epoch, {epoch}"}[prefix],
+            when,
             test["worst_acc"],
             test["minority_acc"],
             test["avg_acc"],
             test["adjusted_acc"],
         )
+        for name, summary in summaries.items():
+            if name not in ("train", "val", "target", "test"):
+                accuracies = (summary["worst_acc"], summary["avg_acc"])
+                log.info("  on %s%s: worst group %.3f, average %.3f", name, when, *accuracies)
 
     def add_tracker(self, tracker) -> None:
         if tracker is not None:

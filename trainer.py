@@ -29,7 +29,7 @@ from analysis import Analyses
 from command import Stopped, whole_step
 from config import Config, derive_seed
 from config_facts import BATCH_NORM
-from errors import UserError
+from errors import DataError, UserError
 from model import parameter_groups
 from splits import Split, Splits
 
@@ -124,6 +124,9 @@ def train(model, splits: Splits, config: Config, run) -> tuple[dict, dict]:
     (see `metrics.summary`) by split, and {"epoch", "score", "summaries"} of the epoch with the
     best validation accuracy (`selection_metric`), {} without validation data. Raises `Diverged`
     when the loss turns NaN or infinite, after recording that epoch.
+
+    Ends after `epochs`, or when `early_stopping_patience` is over. Raises `DataError` for a
+    patience without validation data.
     """
     return _Training(model, splits, config, run).all_epochs()
 
@@ -151,6 +154,12 @@ class _Training:
         )
         self.checkpoints = run.folder / "checkpoints"
         self.leads = distributed.rank() == 0  # the one rank that writes
+        if config.early_stopping_patience and splits.val is None:
+            raise DataError(
+                f"early_stopping_patience: given {config.early_stopping_patience}, but there are "
+                "no validation data; raise num_val_samples, or take null"
+            )
+        self.lowest = (math.inf, 0)  # validation loss so far, and its epoch
         self.best: dict = {}  # epoch, score and summaries of the best epoch on validation data
         self.epoch = -1  # the last one that is recorded
         self.step = 0  # steps done since then
@@ -162,7 +171,7 @@ class _Training:
         self.restore()
         try:
             with _Progress(self.epoch, self.config.epochs) as progress:
-                while self.epoch < self.config.epochs:
+                while not self.finished:
                     epoch = self.epoch + 1
                     if epoch:
                         with self.run.timed("training", epoch):
@@ -172,6 +181,11 @@ class _Training:
                     progress.show(epoch, self.summaries)
                     if self.checkpoint_is_due():
                         self.checkpoint()
+            if self.out_of_patience:
+                log.info(
+                    "Training ended at epoch %d: the validation loss was lowest at epoch %d",
+                    *(self.epoch, self.lowest[1]),
+                )
         except Stopped as stop:
             if not stop.torn:  # else the state is neither the last step's nor the next one's
                 self.checkpoint()
@@ -185,6 +199,16 @@ class _Training:
         if self.leads:
             files.save(self.run.folder / "model.pt", partial(torch.save, self.model.state_dict()))
         return self.summaries, self.best
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether the validation loss has not become smaller for so many epochs."""
+        patience = self.config.early_stopping_patience
+        return patience is not None and self.epoch - self.lowest[1] >= patience
+
+    @property
+    def finished(self) -> bool:
+        return self.epoch >= self.config.epochs or self.out_of_patience
 
     def train_epoch(self, epoch: int) -> None:
         source, config = self.method.source, self.config
@@ -245,7 +269,9 @@ class _Training:
         self.keep_best(epoch, summaries)
         if measurement.K is not None or measurement.K_jacobian is not None:
             self.grams[epoch] = (measurement.K, measurement.K_jacobian)
+        loss = summaries.get("val", {}).get("avg_loss", math.inf)
         with whole_step():
+            self.lowest = min(self.lowest, (loss, epoch))
             self.epoch, self.step, self.summaries = epoch, 0, summaries
             self.sizes = self.run.sizes()
 
@@ -299,8 +325,7 @@ class _Training:
 
     def checkpoint_is_due(self) -> bool:
         every = self.config.checkpoint_every
-        last = self.epoch == self.config.epochs
-        return last or bool(every and self.epoch and self.epoch % every == 0)
+        return self.finished or bool(every and self.epoch and self.epoch % every == 0)
 
     def checkpoint(self) -> None:
         """Write the state after the last whole step, unless nothing is recorded yet."""
@@ -316,6 +341,7 @@ class _Training:
             "method": self.method.state(),
             "summaries": self.summaries,
             "best": self.best,
+            "lowest": self.lowest,
             "table_sizes": self.sizes,
             "gram_epochs": list(self.grams),
             "data": self.data,
@@ -336,6 +362,7 @@ class _Training:
         self.method.load_state(state["method"])
         self.epoch, self.step, self.summaries = state["epoch"], state["step"], state["summaries"]
         self.sizes, self.best = state["table_sizes"], state["best"]
+        self.lowest = state["lowest"]
         self.load_grams(state["gram_epochs"])
         log.info("Going on from epoch %d%s", self.epoch, f", step {self.step}" * bool(self.step))
 
@@ -390,9 +417,11 @@ def takes_full_batch(config: Config, method) -> bool:
 def selection_metric(splits: Splits) -> str:
     """What the best epoch is chosen by: the worst of four groups, of more the minority.
 
-    The worst of a hundred groups with a handful of samples each says nothing.
+    The worst of a hundred groups with a handful of samples each says nothing. Without a minority
+    in the validation data the groups that are there are few again: one a label.
     """
-    return "worst_acc" if len(splits.cells) <= 4 else "minority_acc"
+    few = len(splits.cells) <= 4 or not splits.val.in_minority.any()
+    return "worst_acc" if few else "minority_acc"
 
 
 class _Progress:
@@ -418,7 +447,9 @@ class _Progress:
     def show(self, epoch: int, summaries) -> None:
         train, test = summaries["train"], summaries["test"]
         name, accuracy = ("worst", test["worst_acc"])
-        if len(metrics.group_losses(test)) > 4:  # the worst of many small groups says nothing
+        if len(metrics.group_losses(test)) > 4 and not math.isnan(
+            test["minority_acc"]
+        ):  # the worst of many small groups says nothing
             name, accuracy = ("minority", test["minority_acc"])
         text = (
             f"loss {train['avg_loss']:.3g}, test {test['avg_loss']:.3g}, "

@@ -102,6 +102,29 @@ def plain(annotation):
     return annotation
 
 
+SHORTCUTS = st.one_of(
+    st.fixed_dictionaries(
+        {
+            "kind": st.just("square"),
+            "position": st.sampled_from(["left_top", "left_bottom", "right_top", "right_bottom"]),
+            "size": st.integers(1, 28),
+        }
+    ),
+    st.fixed_dictionaries(
+        {
+            "kind": st.just("lines"),
+            "orientation": st.sampled_from(["horizontal", "vertical"]),
+            "distance": st.integers(1, 28),
+        }
+    ),
+    st.just({"kind": "none"}),
+)
+FEATURES = st.fixed_dictionaries(
+    {"main": SHORTCUTS},
+    optional={"minority": st.none() | SHORTCUTS, "probability": st.floats(0, 1)},
+)
+
+
 def right(name):
     """Values that a key takes, most of them together with the defaults of the others."""
     field = FIELDS[name]
@@ -125,6 +148,10 @@ def right(name):
     if name.endswith("group_pairs"):
         cell = st.lists(st.sampled_from([-1, 1]), min_size=2, max_size=2)
         return st.lists(st.lists(cell, min_size=2, max_size=2), max_size=4)
+    if name == "labels":
+        return st.lists(st.integers(0, 9), min_size=2, max_size=10, unique=True)
+    if name.endswith("spurious_features"):
+        return st.none() | st.dictionaries(st.sampled_from("0123456789"), FEATURES, max_size=10)
     return st.sampled_from(
         ["a", "1e5", "1.5e5", "null", "12:30", "0o17", "2001-01-01", "=", "last_hidden"]
     )
@@ -349,6 +376,7 @@ def test_types(path, name):
         float: ["true", "'1.0'", "[1.0]", ".nan", ".inf", "-.inf", "1e999"],
         str: ["true", "1", "1.5", "[a]", "''", "x" * 1001, r'"\0"', r'"a\x1b"', r'"\ud800"'],
         list: ["true", "1", "a", "{a: 1}", "[[]]", "[a]", "[null]", "[1.5, .nan]"],
+        dict: ["true", "1", "a", "[]", "[{}]"],
     }  # fmt: skip
     if get_origin(kind) is Literal:
         texts = ["1.5", "''", "[]", "x", "true"]

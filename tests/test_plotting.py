@@ -16,7 +16,8 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 NAMES = ["digit < 5, red", "digit < 5, green", "digit ≥ 5, red", "digit ≥ 5, green"]
 PAIRS = ((1, 0), (2, 3))
-FOUR_GROUPS = [n for n in plotting.FIGURES if n not in ("group_accuracies", "scale")]
+MANY_GROUPS = ("group_accuracies", "evaluation_sets", "scale")
+FOUR_GROUPS = [name for name in plotting.FIGURES if name not in MANY_GROUPS]
 CONFIG = """\
 experiment_name: colored_mnist
 debias_method: GroupDRO
@@ -147,6 +148,9 @@ def write_run(folder, epochs=6, empty=(), every=1):
     pictures *= np.where(members % 2, 0, 1)[:, None, None, None] * [1, 0, 0] + [0, 0.3, 0]
     signs = {"y": np.where(members > 1, 1, -1), "a": np.where(members % 2, 1, -1)}
     np.savez(folder / "samples.npz", pictures=pictures.astype(np.float32), group=members, **signs)
+    few = np.arange(20) % 5 == 0
+    heat = {when: generator.random((4, 28, 28)) for when in ("before_dfr", "after_dfr")}
+    np.savez(folder / "gradcam.npz", pictures=pictures[few], group=members[few], **heat)
     return folder
 
 
@@ -309,7 +313,9 @@ def test_the_command_prints_the_paths(tmp_path, capsys):
         (folder / table).unlink()
     assert plotting.main([str(folder), "--format", "svg"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out == [str(folder / "plots" / name) for name in ("dfr.svg", "samples.svg")]
+    assert out == [
+        str(folder / "plots" / name) for name in ("dfr.svg", "samples.svg", "gradcam.svg")
+    ]
 
 
 def one_line(capsys):
@@ -337,6 +343,7 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path, capsys):
         ("dfr_results.json", "{"),
         ("dfr_results.json", "[1]"),
         ("samples.npz", "not a zip file"),
+        ("gradcam.npz", "not a zip file"),
         ("config_used.yaml", "a: [1"),
         ("config_used.yaml", "plot_format: pdf"),
     ],
@@ -385,7 +392,7 @@ def write_many(folder, classes=4, epochs=3, empty=()):
     return folder
 
 
-def test_many_groups(tmp_path):
+def test_many_groups(tmp_path, monkeypatch):
     folder = write_many(tmp_path / "run")
     names = [path.stem for path in plotting.draw(folder)]
     assert names == ["training_history", "group_curves", "group_accuracies", "dfr", "samples"]
@@ -402,8 +409,35 @@ def test_many_groups(tmp_path):
     bars = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert bars == ["average", "adjusted", "worst\ngroup", "minority", "majority"]
     assert figure.axes[1].get_ylabel() == "validation\nminority accuracy"
-    texts = [text.get_text() for ax in plotting.samples(run).axes for text in ax.texts]
-    assert texts == [f"class {y}" for y in range(4)]
+    assert beside_the_samples(run) == [f"class {y},\n0" for y in range(4)]
+    monkeypatch.setattr(plotting, "SAMPLE_ROWS", 3)  # too many groups for a row each
+    assert beside_the_samples(run) == [f"class {y}" for y in range(4)]
+    assert plotting.evaluation_sets(run) is None
+
+
+def beside_the_samples(run):
+    return [text.get_text() for ax in plotting.samples(run).axes for text in ax.texts]
+
+
+def test_further_evaluation_sets_beside_the_test_set(tmp_path):
+    folder = write_many(tmp_path / "run")
+    history = pd.read_csv(folder / "training_history.csv")
+    more = {
+        f"{name}_{kind}_acc": rate * history.epoch + start
+        for name, start in (("opposite", 0.0), ("shortcut_only", 0.3))
+        for kind, rate in (("avg", 0.1), ("worst", 0.05))
+    }
+    history = pd.concat([history, pd.DataFrame(more)], axis=1)
+    history.to_csv(folder / "training_history.csv", index=False)
+    assert folder / "plots" / "evaluation_sets.png" in plotting.draw(folder)
+    worst, average = plotting.evaluation_sets(plotting.read_run(folder)).axes
+    assert (worst.get_title(), average.get_title()) == ("worst group", "average")
+    curves = dict(zip(worst.get_legend_handles_labels()[1], worst.lines))
+    assert list(curves) == [
+        "test, as trained", "test, opposite shortcuts", "test, main shortcut without digits"
+    ]  # fmt: skip
+    np.testing.assert_allclose(curves["test, as trained"].get_ydata(), history.test_worst_acc)
+    np.testing.assert_allclose(average.lines[1].get_ydata(), history.opposite_avg_acc)
 
 
 def test_the_map_of_groups_is_that_of_the_last_epoch(tmp_path):
