@@ -299,7 +299,9 @@ def group_accuracies(run: Run) -> Figure | None:
     names = cells.name.astype(str).str.rpartition(", ")
     rows = names[0].groupby(cells.y).first()
     columns = names[2].groupby(cells.a).first()
-    size = (2.6 + 0.45 * len(columns), 1.5 + 0.38 * len(rows))
+    slanted = columns.str.len().max() > 4
+    # The title has room.
+    size = (max(6.8, 2.6 + 0.45 * len(columns)), 1.5 + 0.38 * len(rows) + 0.9 * slanted)
     figure = Figure(figsize=size, layout="constrained")
     ax = figure.subplots()
     ax.grid(False)
@@ -311,6 +313,10 @@ def group_accuracies(run: Run) -> Figure | None:
             colour = "white" if value < 0.6 else "black"
             ax.text(j, i, f"{100 * value:.0f}", ha="center", va="center", color=colour, fontsize=7)
     ax.set_xticks(range(len(columns)), columns)
+    if slanted:
+        ax.tick_params(axis="x", labelrotation=40)
+        for label in ax.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
     ax.set_yticks(range(len(rows)), rows)
     ax.set(xlabel="attribute", ylabel="class")
     bar = figure.colorbar(picture, ax=ax)
