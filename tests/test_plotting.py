@@ -148,8 +148,8 @@ def write_run(folder, epochs=6, empty=(), every=1):
     pictures *= np.where(members % 2, 0, 1)[:, None, None, None] * [1, 0, 0] + [0, 0.3, 0]
     signs = {"y": np.where(members > 1, 1, -1), "a": np.where(members % 2, 1, -1)}
     np.savez(folder / "samples.npz", pictures=pictures.astype(np.float32), group=members, **signs)
-    few = np.arange(20) % 5 == 0
-    heat = {when: generator.random((4, 28, 28)) for when in ("before_dfr", "after_dfr")}
+    few = np.arange(20) % 5 < 2
+    heat = {when: generator.random((8, 28, 28)) for when in ("before_dfr", "after_dfr")}
     np.savez(folder / "gradcam.npz", pictures=pictures[few], group=members[few], **heat)
     return folder
 
