@@ -5,6 +5,11 @@ Localization", 2017. With A_k (H', W') the maps of the last convolution block an
 the label's class (of a scalar output f: y·f), α_k is the mean of ∂f_c/∂A_k over the pixels and the
 heat ReLU(Σ_k α_k A_k), enlarged to the picture.
 
+The mean is exact where the maps are averaged before the last layer, as in a ResNet. A ConvNet reads
+them pixel by pixel, so that a map that speaks for the class in one corner has heat wherever it is
+active. The table also has shares of ReLU(Σ_k ∂f_c/∂A_k · A_k), without the mean (HiResCAM;
+Draelos & Carin, "Use HiResCAM instead of Grad-CAM for faithful explanations", 2020).
+
     python plotting.py results/<run> --gradcam
 """
 
@@ -33,10 +38,10 @@ def last_convolutions(network) -> torch.nn.Module:
     return body[1].layer4 if hasattr(body[1], "layer4") else body[4]
 
 
-def heat_maps(network, layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Heat (B, H, W) of pictures x (B, C, H, W) with labels y, each map with the sum 1.
+def heat_maps(network, layer, x, y, by_pixel: bool = False) -> torch.Tensor:
+    """Heat (B, H, W) of pictures x (B, C, H, W) with labels y (B,), each map with the sum 1.
 
-    A map that is 0 everywhere stays so.
+    A map that is 0 everywhere stays so. by_pixel: without averaging the gradient over the pixels.
     """
     network.eval()
     maps = []
@@ -48,20 +53,19 @@ def heat_maps(network, layer, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     label = metrics.class_index(y)[:, None]
     chosen = f * y if f.dim() == 1 else f.gather(1, label)
     (gradient,) = torch.autograd.grad(chosen.sum(), maps)
-    alpha = gradient.mean((2, 3), keepdim=True)
+    alpha = gradient if by_pixel else gradient.mean((2, 3), keepdim=True)
     heat = F.relu((alpha * maps[0]).sum(1, keepdim=True)).detach()
     heat = F.interpolate(heat, x.shape[2:], mode="bilinear")[:, 0]
     total = heat.sum((1, 2), keepdim=True)
     return heat / torch.where(total > 0, total, 1)
 
 
-def shortcut_shares(network, layer, split, masks, config) -> torch.Tensor:
+def shortcut_shares(network, layer, split, masks, config, by_pixel: bool = False) -> torch.Tensor:
     """Share (N,) of each sample's heat on the pixels of its group's mask (G, H, W); NaN of none."""
     shares, group = [], split.group
-    for _, index, x in metrics.batches(
-        split, metrics.evaluation_plan(split, config.eval_batch_size, network)
-    ):
-        heat = heat_maps(network, layer, x, split.y[index])
+    plan = metrics.evaluation_plan(split, config.eval_batch_size, network)
+    for _, index, x in metrics.batches(split, plan):
+        heat = heat_maps(network, layer, x, split.y[index], by_pixel)
         share = (heat * masks[group[index]]).sum((1, 2))
         shares.append(torch.where(heat.sum((1, 2)) > 0, share, torch.nan))
     return torch.cat(shares)
@@ -120,13 +124,16 @@ def _rows(network, split, splits, config) -> list[dict]:
     """Rows of `gradcam.csv` for the non-empty groups of a split.
 
     shortcut_share: mean over the samples that have any heat (without_heat: how many have none);
-    area_share: the shortcut's share of the pixels, which is what heat spread evenly would give.
+    by_pixel_share: the same of heat without averaged gradients; area_share: the shortcut's share of
+    the pixels, which is what heat spread evenly would give.
     """
-    shares, areas = torch.full((len(split),), torch.nan), [torch.nan] * len(split.counts)
+    shares = by_pixel = torch.full((len(split),), torch.nan)
+    areas = [torch.nan] * len(split.counts)
     if splits.masks is not None:
-        layer = last_convolutions(network)
-        shares = shortcut_shares(network, layer, split, splits.masks, config).cpu()
-        areas = splits.masks.float().mean((1, 2)).tolist()
+        layer, masks = last_convolutions(network), splits.masks
+        shares = shortcut_shares(network, layer, split, masks, config).cpu()
+        by_pixel = shortcut_shares(network, layer, split, masks, config, by_pixel=True).cpu()
+        areas = masks.float().mean((1, 2)).tolist()
     return [
         {
             "group": g,
@@ -134,6 +141,7 @@ def _rows(network, split, splits, config) -> list[dict]:
             "count": split.counts[g],
             "without_heat": int(shares[part].isnan().sum()),
             "shortcut_share": shares[part].nanmean().item(),
+            "by_pixel_share": by_pixel[part].nanmean().item(),
             "area_share": areas[g],
         }
         for g, part in enumerate(split.slices)

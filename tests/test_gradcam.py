@@ -46,37 +46,37 @@ def enlarged(heat, size):
     return out
 
 
-def twin(front, back, x, c):
+def twin(front, back, x, c, by_pixel):
     """Grad-CAM of one picture by its definition: one derivative for every pixel of every map."""
     maps = front(x[None]).detach()[0]
     heat = torch.zeros(maps.shape[1:], dtype=maps.dtype)
     for k, a in enumerate(maps):
-        alpha = 0.0
+        alpha = torch.zeros_like(a)
         for i in range(a.shape[0]):
             for j in range(a.shape[1]):
                 pixel = maps[k, i, j].clone().requires_grad_()
                 changed = maps.clone()
                 changed[k, i, j] = pixel
                 f = back(changed[None]).reshape(-1)
-                alpha += torch.autograd.grad(f[c], pixel)[0].item() / a.numel()
-        heat += alpha * a
+                alpha[i, j] = torch.autograd.grad(f[c], pixel)[0].item()
+        heat += (alpha if by_pixel else alpha.mean()) * a
     heat = enlarged(heat.clamp_min(0), x.shape[-1])
     return heat / heat.sum() if heat.sum() else heat
 
 
-@pytest.mark.parametrize("num_outputs", [1, 3])
-def test_against_the_definition(settings, num_outputs):
+@pytest.mark.parametrize("num_outputs, by_pixel", [(1, False), (3, False), (3, True)])
+def test_against_the_definition(settings, num_outputs, by_pixel):
     net, _ = network(settings, num_outputs, model_name="ConvNet")
-    x = pictures(4)
+    x = pictures(3)
     front, rest = net.body[:5], nn.Sequential(*net.body[5:], net.classifier)
-    y = torch.tensor([1.0, -1, 1, -1]) if num_outputs == 1 else torch.tensor([0, 2, 1, 1])
-    found = gradcam.heat_maps(net, gradcam.last_convolutions(net), x, y)
-    assert found.shape == (4, 8, 8) and not found.requires_grad
-    for i in range(4):
+    y = torch.tensor([1.0, -1, 1]) if num_outputs == 1 else torch.tensor([0, 2, 1])
+    found = gradcam.heat_maps(net, gradcam.last_convolutions(net), x, y, by_pixel)
+    assert found.shape == (3, 8, 8) and not found.requires_grad
+    for i in range(3):
         if num_outputs == 1:
-            expected = twin(front, lambda a, i=i: y[i] * rest(a), x[i], 0)
+            expected = twin(front, lambda a, i=i: y[i] * rest(a), x[i], 0, by_pixel)
         else:
-            expected = twin(front, rest, x[i], y[i])
+            expected = twin(front, rest, x[i], y[i], by_pixel)
         torch.testing.assert_close(found[i], expected)
     assert not net.body[4]._forward_hooks
 
@@ -90,6 +90,7 @@ def test_a_resnet_is_looked_at_behind_its_last_block(settings):
     resnet = net.body[1]
     assert layer is resnet.layer4
     found = gradcam.heat_maps(net, layer, x, y)
+    torch.testing.assert_close(found, gradcam.heat_maps(net, layer, x, y, by_pixel=True))
     after = net.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     # Each picture by itself, behind global average pooling: ∂f/∂A is the weight over the pixels.
@@ -135,6 +136,11 @@ def test_a_network_that_looks_at_the_left_half_has_its_heat_there(settings):
     # Bilinear interpolation reaches half a pixel of the maps beyond.
     assert heat[0, :, :4].sum() > 0.85 and heat[0].sum() == pytest.approx(1)
     assert heat[1].sum() == 0  # nothing speaks for -1
+    x[0, :, 2:6] = 1  # the same on the right, which it does not look at
+    both = [gradcam.heat_maps(net, layer, x[:1], y[:1], by_pixel) for by_pixel in (False, True)]
+    assert both[0][0, :, :4].sum() == pytest.approx(0.5)  # the mean does not know where
+    assert both[1][0, :, :4].sum() > 0.85
+    x[0] = x[1]
     split = make_split((0, 0, 0, 3), shape=(1, 8, 8), dtype=torch.float32)
     split.inputs, split.y = x, y
     shares = gradcam.shortcut_shares(net, layer, split, left.expand(4, 8, 8), settings())
@@ -157,6 +163,9 @@ def test_shares_of_groups(settings):
     assert rows[0]["without_heat"] == (~there[:3]).sum() and there[3:7].any()
     top = heat[:3, :2].sum((1, 2))[there[:3]]
     assert rows[0]["shortcut_share"] == pytest.approx(top.mean().item(), nan_ok=True)
+    by_pixel = gradcam.heat_maps(net, layer, splits.test.inputs, splits.test.y, by_pixel=True)
+    assert rows[2]["by_pixel_share"] == pytest.approx(0)
+    assert rows[0]["by_pixel_share"] == pytest.approx(by_pixel[:3, :2].sum((1, 2)).mean().item())
     assert rows[1]["shortcut_share"] == pytest.approx(
         heat[3:7, :, 5:].sum((1, 2))[there[3:7]].mean().item()
     )
@@ -219,7 +228,8 @@ def test_the_table_and_the_figure_of_a_run(run_folder, monkeypatch, capsys):
     assert (run_folder / "plots" / "gradcam.png").stat().st_size > 10_000
     table = pd.read_csv(run_folder / "gradcam.csv")
     assert list(table) == [
-        "when", "split", "group", "name", "count", "without_heat", "shortcut_share", "area_share",
+        "when", "split", "group", "name", "count", "without_heat", "shortcut_share",
+        "by_pixel_share", "area_share",
     ]  # fmt: skip
     assert set(table.split) == {"test", "opposite", "all_main", "shortcut_only"}  # not clean
     assert list(table.when.unique()) == ["before_dfr", "after_dfr"]
