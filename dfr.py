@@ -332,9 +332,14 @@ def load_head(path: Path) -> Head:
     """The head in a `dfr_model.npz`. Raises `UserError` when it is not there or not readable."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return Head(**{f.name: arrays[f.name].astype(np.float64) for f in fields(Head)})
+            head = Head(**{f.name: arrays[f.name].astype(np.float64) for f in fields(Head)})
+        outputs, width = head.coefficients.shape[:-1], head.coefficients.shape[-1:]
+        shapes = (head.mean.shape, head.scale.shape, head.intercept.shape)
+        if len(outputs) > 1 or shapes != (width, width, outputs):
+            raise ValueError(f"the shapes {head.coefficients.shape}, {shapes} do not fit")
     except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: not readable, {error}") from None
+    return head
 
 
 def _without_nan(value):

@@ -115,7 +115,10 @@ def _retrained(network, folder: Path, config):
             "allowed as dfr_target_layer: last_hidden"
         )
     retrained = copy.deepcopy(network)
-    layer = dfr.load_head(folder / "dfr_model.npz").linear()
+    path = folder / "dfr_model.npz"
+    layer = dfr.load_head(path).linear()
+    if layer.weight.shape != network.classifier.weight.shape:
+        raise UserError(f"{path}: is of another network, its shape is {tuple(layer.weight.shape)}")
     retrained.classifier = layer.to(next(network.parameters()).device)
     return retrained
 

@@ -287,6 +287,11 @@ def test_what_cannot_be_explained(settings, run_folder, tmp_path, capsys):
     (tmp_path / "config_used.yaml").write_text(text)
     assert plotting.main([str(tmp_path), "--gradcam"]) == 2
     assert "dfr_model.npz: not readable" in capsys.readouterr().err
+    for width, C, told in ((8, 3, "another network"), (9, 2, "another network"), (8, 0, "not fit")):
+        arrays = {"mean": np.zeros(width), "scale": np.ones(width), "intercept": np.zeros(C or 2)}
+        np.savez(tmp_path / "dfr_model.npz", coefficients=np.zeros((C or 3, width)), **arrays)
+        assert plotting.main([str(tmp_path), "--gradcam"]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_many_groups_take_several_pages(tmp_path):
