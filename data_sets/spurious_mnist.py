@@ -107,8 +107,9 @@ def load(config: Config) -> Splits:
 
     features = config.spurious_features
     main = {label: f.model_copy(update={"probability": 1.0}) for label, f in features.items()}
-    opposite = {label: exchanged(f) for label, f in features.items()}
-    opposite = config.opposite_spurious_features or opposite
+    opposite = config.opposite_spurious_features
+    if opposite is None:
+        opposite = {label: exchanged(f) for label, f in features.items()}
     # Digits by label, what is drawn on them, and whether they are left out.
     training = {
         "train": (train, features, config.only_spurious),

@@ -266,6 +266,12 @@ def test_a_given_opposite_and_a_given_set_for_retraining(drawn):
     }
 
 
+def test_an_empty_mapping_means_no_shortcuts(drawn):
+    _, splits = drawn(opposite_spurious_features={}, dfr_spurious_features={})
+    assert splits.more["opposite"].counts == splits.more["clean"].counts
+    assert set(filled(splits, "dfr")) == set(filled(splits, "clean"))
+
+
 def test_retraining_on_the_training_digits(drawn):
     _, splits = drawn(dfr_reuse_train=True)
     assert len(splits.train) == len(splits.dfr) == 300
