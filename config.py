@@ -464,6 +464,18 @@ class Config(Section):
     dfr_network: Literal["last", "best"] = key(
         "last", "network whose features are used: of the last or the best validation epoch"
     )
+    dfr_solver: Literal["sklearn", "sgd"] = key(
+        "sklearn",
+        "sklearn = logistic regressions, sgd = the last layer anew, by Adam on the run's loss",
+    )
+    dfr_sgd_epochs: Count = key(100, "passes over the retraining data")
+    dfr_sgd_learning_rate: Annotated[float, Field(gt=0, le=1e6)] = key(
+        0.01, "learning rate of Adam in retraining"
+    )
+    dfr_sgd_batch_size: Count = key(64, "batch size in retraining")
+    dfr_sgd_patience: Count | None = key(
+        10, "epochs without a better loss on a held-out fifth until retraining stops; null = never"
+    )
     dfr_reg: Literal["l1", "l2", "none"] = key("l1", "penalty of the logistic regression")
     dfr_c_options: Annotated[
         list[Annotated[float, Field(gt=0, le=1e12)]], Field(min_length=1, max_length=1000)

@@ -248,6 +248,12 @@ def _check_layer(c):
     layer, name = c["dfr_target_layer"], c["model_name"]
     if not c["use_dfr"] or layer == "last_hidden":
         return
+    if c["dfr_solver"] == "sgd":
+        yield (
+            f"dfr_target_layer: given {layer}, but dfr_solver: sgd retrains the last layer; "
+            "allowed: last_hidden"
+        )
+        return
     if name in END_TO_END and int(layer[6:]) > 0:
         yield (
             f"dfr_target_layer: given {layer}, but the layers of a {name} have no numbers; "
@@ -606,17 +612,37 @@ EFFECT = [
             "dfr_target_layer",
             "dfr_balance",
             "dfr_standardize",
+            "dfr_solver",
             "dfr_reg",
             "dfr_num_retrains",
             "dfr_num_workers",
         ],
     ),
     (
-        lambda c: not c.use_dfr or c.dfr_balance,
+        lambda c: not c.use_dfr or c.dfr_solver == "sklearn",
+        "only for dfr_solver: sklearn",
+        ["dfr_reg", "dfr_c_options", "dfr_num_retrains", "dfr_num_workers"],
+    ),
+    (
+        lambda c: c.use_dfr and c.dfr_solver == "sgd",
+        "only for dfr_solver: sgd",
+        [
+            "dfr_sgd_epochs",
+            "dfr_sgd_learning_rate",
+            "dfr_sgd_batch_size",
+            "dfr_sgd_patience",
+        ],
+    ),
+    (
+        lambda c: not c.use_dfr or c.dfr_solver == "sgd" or c.dfr_balance,
         "without dfr_balance there is one fit",
         ["dfr_num_retrains"],
     ),
-    (lambda c: c.use_dfr and c.dfr_reg != "none", "no penalty to choose", ["dfr_c_options"]),
+    (
+        lambda c: c.use_dfr and (c.dfr_solver == "sgd" or c.dfr_reg != "none"),
+        "no penalty to choose",
+        ["dfr_c_options"],
+    ),
 ]
 
 

@@ -8,14 +8,19 @@ several times on fresh group-balanced subsets of all the data and average the co
 On a target set without shortcut: one fit on all of it, on the features as they are, with the
 penalty that does best on the validation split's samples whose attribute is not their label.
 
+With `dfr_solver: sgd` the last layer is trained anew by gradient descent instead (`last_layer`).
+
     python dfr.py --run results/<run> [dfr_key=value ...]     once more, without training
+    python dfr.py --run results/<run> --compare               with both solvers, in one table
 """
 
 import json
 import logging
 import math
 import sys
-from dataclasses import dataclass, replace
+import zipfile
+import zlib
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +28,24 @@ import torch
 from sklearn.preprocessing import StandardScaler
 
 import files
+import last_layer
 import logistic
 import metrics
 from config import Config, derive_seed
-from errors import ConfigError, DataError
-from model import target_layer
+from errors import ConfigError, DataError, UserError
+from model import ScaledLinear, fresh_classifier, target_layer
 from splits import Split, Splits
 
 log = logging.getLogger(f"spurious.{__name__}")
 
 MOST_GROUPS = 8  # more are not listed in the text; the JSON file has all
+SOLVERS = ("sklearn", "sgd")
+HELD_OUT = 5  # every fifth sample of a group decides when gradient descent stops
+QUANTITIES = {
+    "avg_acc": "average accuracy",
+    "adjusted_acc": "adjusted accuracy",
+    "worst_acc": "worst-group accuracy",
+}
 
 
 @dataclass
@@ -52,8 +65,17 @@ class Head:
         f = ((h - self.mean) / self.scale) @ self.coefficients.T + self.intercept
         return torch.from_numpy(np.asarray(f, dtype=np.float64))
 
+    def linear(self) -> torch.nn.Linear:
+        """The same as one layer (N, d) → (N, C), float32; C = 1 for scalar outputs."""
+        weight = np.atleast_2d(self.coefficients / self.scale)
+        bias = np.atleast_1d(self.intercept) - weight @ self.mean
+        layer = torch.nn.utils.skip_init(torch.nn.Linear, weight.shape[1], weight.shape[0])
+        parameters = {"weight": weight, "bias": bias}
+        layer.load_state_dict({k: torch.from_numpy(v).float() for k, v in parameters.items()})
+        return layer
 
-def check(splits: Splits) -> None:
+
+def check(splits: Splits, solver: str = "sklearn") -> None:
     """Raises `DataError` before training when DFR will have nothing to work with."""
     if splits.dfr is None:
         raise DataError(
@@ -66,6 +88,11 @@ def check(splits: Splits) -> None:
         raise DataError(
             f"use_dfr: the data set aside for DFR hold {found} only; raise dfr_val_ratio or "
             "num_train_samples, or set use_dfr: false"
+        )
+    if solver == "sgd" and max(splits.dfr.counts) < HELD_OUT:
+        raise DataError(
+            f"dfr_solver: sgd holds out a fifth of each group, but none set aside for DFR has "
+            f"{HELD_OUT} samples; raise dfr_val_ratio or num_train_samples, or take sklearn"
         )
     empty = [splits.group_names[g] for g, count in enumerate(splits.dfr.counts) if not count]
     if len(empty) > 4:
@@ -92,12 +119,12 @@ def balanced(members: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
     return np.sort(chosen)
 
 
-def halves(split: Split, rng: np.random.Generator) -> tuple[list, list]:
-    """Rows of each group for fitting (half, the larger one if odd) and for scoring."""
-    members = [rng.permutation(np.arange(part.start, part.stop)) for part in split.slices]
-    middles = [math.ceil(len(rows) / 2) for rows in members]
-    fitting = [rows[:middle] for rows, middle in zip(members, middles)]
-    return fitting, [rows[middle:] for rows, middle in zip(members, middles)]
+def fitting_and_scoring(split: Split, rng: np.random.Generator, part: int) -> tuple[list, list]:
+    """Rows of each group for fitting, and those for scoring: ⌊n_g/part⌋ of each group."""
+    members = [rng.permutation(rows) for rows in _members(split)]
+    ends = [len(rows) - len(rows) // part for rows in members]
+    fitting = [rows[:end] for rows, end in zip(members, ends)]
+    return fitting, [rows[end:] for rows, end in zip(members, ends)]
 
 
 def rows_to_fit(members: list[np.ndarray], rng: np.random.Generator, config: Config) -> np.ndarray:
@@ -112,7 +139,7 @@ def tune(features, split: Split, config: Config) -> list[dict]:
     group has a second sample to score with.
     """
     rng = np.random.default_rng(derive_seed(config.seed, "dfr", "tune"))
-    fitting, scoring = halves(split, rng)
+    fitting, scoring = fitting_and_scoring(split, rng, 2)
     table = []
     for c, found in _fit_options(features, split, rows_to_fit(fitting, rng, config), config):
         right = _right(found, features, split)
@@ -184,7 +211,48 @@ def retrain(model, splits: Splits, config: Config) -> tuple[Head, dict]:
         return np.concatenate([scaler.transform(h) if scaler else h for h in batches])
 
     features = features_of(source)
-    tuning, c = [], None
+    if config.dfr_solver == "sgd":
+        coefficients, intercept, facts = _by_gradient_descent(model, features, source, config)
+    else:
+        coefficients, intercept, facts = _by_regressions(features_of, features, splits, config)
+    width = features.shape[1]
+    head = Head(
+        mean=scaler.mean_ if scaler else np.zeros(width),
+        scale=scaler.scale_ if scaler else np.ones(width),
+        coefficients=coefficients,
+        intercept=intercept,
+    )
+    results = {
+        "solver": config.dfr_solver,
+        "target_layer": config.dfr_target_layer,
+        "split_strategy": config.dfr_val_split_strategy,
+        "balanced": config.dfr_balance,
+        "standardized": config.dfr_standardize,
+        **facts,
+        "num_features": width,
+        "num_coefficients": coefficients.size,
+        "nonzero_coefficients": int(np.count_nonzero(coefficients)),
+        "before": {},
+        "after": {},
+    }
+    loss = metrics.LOSSES[config.loss_function]
+    for name, split in splits.evaluated().items():
+        f = metrics.outputs(model, split, config.eval_batch_size)
+        results["before"][name] = metrics.summary(f, split, loss, splits.train.shares)
+        parts = [head.outputs(h) for h in feature_batches(model, split, config)]
+        on_cpu = replace(split, y=split.y.cpu(), a=split.a.cpu())
+        results["after"][name] = metrics.summary(
+            torch.cat(parts), on_cpu, loss, splits.train.shares
+        )
+    return head, results
+
+
+def _by_regressions(features_of, features, splits: Splits, config: Config):
+    """(coefficients, intercept, facts) of logistic regressions on these features of `splits.dfr`.
+
+    features_of: a split → its features, for the validation split where that chooses the penalty.
+    """
+    source, tuning, c = splits.dfr, [], None
     on_target = config.dfr_val_split_strategy == "target"
     score = "minority_acc" if on_target else "worst_acc"
     if config.dfr_reg != "none":
@@ -209,42 +277,47 @@ def retrain(model, splits: Splits, config: Config) -> tuple[Head, dict]:
         # Two outputs with the difference f: their cross entropy is f's logistic loss.
         coefficients = np.stack([-coefficients / 2, coefficients / 2])
         intercept = np.array([-intercept / 2, intercept / 2])
-    width = features.shape[1]
-    head = Head(
-        mean=scaler.mean_ if scaler else np.zeros(width),
-        scale=scaler.scale_ if scaler else np.ones(width),
-        coefficients=coefficients,
-        intercept=intercept,
-    )
-    results = {
-        "target_layer": config.dfr_target_layer,
-        "split_strategy": config.dfr_val_split_strategy,
-        "balanced": config.dfr_balance,
-        "standardized": config.dfr_standardize,
+    facts = {
         "reg": config.dfr_reg,
         "c": c,
         "num_retrains": len(tasks),
         "num_samples": len(tasks[0][0]),
         "samples_per_group": min(filter(None, source.counts)) if config.dfr_balance else None,
-        "num_features": width,
-        "num_coefficients": coefficients.size,
-        "nonzero_coefficients": int(np.count_nonzero(coefficients)),
         "converged_fits": sum(found.converged for found in fits),
         "tuned_for": score if tuning else None,
         "tuning": tuning,
-        "before": {},
-        "after": {},
     }
-    loss = metrics.LOSSES[config.loss_function]
-    for name, split in splits.evaluated().items():
-        f = metrics.outputs(model, split, config.eval_batch_size)
-        results["before"][name] = metrics.summary(f, split, loss, splits.train.shares)
-        parts = [head.outputs(h) for h in feature_batches(model, split, config)]
-        on_cpu = replace(split, y=split.y.cpu(), a=split.a.cpu())
-        results["after"][name] = metrics.summary(
-            torch.cat(parts), on_cpu, loss, splits.train.shares
-        )
-    return head, results
+    return coefficients, intercept, facts
+
+
+def _by_gradient_descent(model, features, source: Split, config: Config):
+    """(coefficients, intercept, facts) of a fresh last layer trained on these features."""
+    rng = np.random.default_rng(derive_seed(config.seed, "dfr", "sgd", "split"))
+    fitting, held_out = fitting_and_scoring(source, rng, HELD_OUT)
+    device = source.y.device
+    layer = fresh_classifier(model, config, "dfr", "sgd", "classifier").to(device)
+    history = last_layer.train(
+        layer,
+        replace(source, inputs=torch.from_numpy(features).to(device)),
+        lambda rng: rows_to_fit(fitting, rng, config),
+        held_out,
+        config,
+    )
+    weight, bias = layer.weight, layer.bias
+    if isinstance(layer, ScaledLinear):
+        weight, bias = layer.effective()
+    coefficients, intercept = (p.detach().cpu().double().numpy() for p in (weight, bias))
+    if config.loss_function != "cross_entropy":
+        coefficients, intercept = coefficients[0], float(intercept[0])
+    counts = [len(rows) for rows in fitting]
+    smallest = min(filter(None, counts)) if config.dfr_balance else None
+    facts = {
+        "num_samples": smallest * sum(map(bool, counts)) if smallest else sum(counts),
+        "samples_per_group": smallest,
+        "best_epoch": min(history, key=lambda row: row["val_loss"])["epoch"],
+        "epochs": history,
+    }
+    return coefficients, intercept, facts
 
 
 def save(folder, head: Head, results: dict, group_names: list[str]) -> None:
@@ -253,6 +326,20 @@ def save(folder, head: Head, results: dict, group_names: list[str]) -> None:
     files.write_text(folder / "dfr_results.txt", text(results, group_names))
     strict = json.dumps(_without_nan(results), indent=2, allow_nan=False)
     files.write_text(folder / "dfr_results.json", strict + "\n")
+
+
+def load_head(path: Path) -> Head:
+    """The head in a `dfr_model.npz`. Raises `UserError` when it is not there or not readable."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            head = Head(**{f.name: arrays[f.name].astype(np.float64) for f in fields(Head)})
+        outputs, width = head.coefficients.shape[:-1], head.coefficients.shape[-1:]
+        shapes = (head.mean.shape, head.scale.shape, head.intercept.shape)
+        if len(outputs) > 1 or shapes != (width, width, outputs):
+            raise ValueError(f"the shapes {head.coefficients.shape}, {shapes} do not fit")
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: not readable, {error}") from None
+    return head
 
 
 def _without_nan(value):
@@ -266,18 +353,23 @@ def _without_nan(value):
 
 def text(results: dict, group_names: list[str]) -> str:
     """A table for reading: every metric before and after, side by side."""
-    names = {"avg_acc": "average accuracy", "adjusted_acc": "adjusted accuracy"}
-    names |= {"worst_acc": "worst-group accuracy"}
+    names = dict(QUANTITIES)
     if len(group_names) <= MOST_GROUPS:
         names |= {f"group_{g}_acc": f"  {name}" for g, name in enumerate(group_names)}
     names |= {"minority_acc": "minority accuracy", "majority_acc": "majority accuracy"}
     names |= {"avg_loss": "average loss", "worst_loss": "worst-group loss"}
-    c = "no penalty" if results["c"] is None else f"{results['reg']} penalty, C = {results['c']:g}"
-    fits = f"one fit on {results['num_samples']} samples"
+    fitted = f"{results['num_samples']} samples"
     if results["balanced"]:
-        fits = f"{results['num_retrains']} fits on {results['samples_per_group']} of each group"
+        fitted = f"{results['samples_per_group']} of each group"
+    if results["solver"] == "sgd":
+        how = f"gradient descent on {fitted} an epoch, {results['best_epoch']} epochs"
+    else:
+        fits = f"{results['num_retrains']} fits" if results["balanced"] else "one fit"
+        c = results["c"]
+        penalty = "no penalty" if c is None else f"{results['reg']} penalty, C = {c:g}"
+        how = f"{penalty}, {fits} on {fitted}"
     lines = [
-        f"DFR on {results['target_layer']}: {c}, {fits}, {results['nonzero_coefficients']} of "
+        f"DFR on {results['target_layer']}: {how}, {results['nonzero_coefficients']} of "
         f"{results['num_coefficients']} coefficients in use"
     ]
     for split in results["after"]:
@@ -286,6 +378,31 @@ def text(results: dict, group_names: list[str]) -> str:
             before, after = (results[when][split][quantity] for when in ("before", "after"))
             lines.append(f"{name:<24}{before:>10.4f}{after:>10.4f}")
     return "\n".join(lines) + "\n"
+
+
+def comparison(results: dict[str, dict]) -> list[dict]:
+    """Average and worst-group accuracy of every split before DFR and after it with each solver.
+
+    results: of `retrain`, by solver. Rows {"split", "quantity", "before", <solver>, …}.
+    """
+    before = next(iter(results.values()))["before"]
+    return [
+        {"split": split, "quantity": quantity, "before": before[split][quantity]}
+        | {solver: found["after"][split][quantity] for solver, found in results.items()}
+        for split in before
+        for quantity in ("avg_acc", "worst_acc")
+    ]
+
+
+def comparison_text(rows: list[dict]) -> str:
+    """The same table for reading."""
+    lines = []
+    for row in rows:
+        split, quantity, *values = row.values()
+        if quantity == "avg_acc":
+            lines += ["", f"{split:<24}" + "".join(f"{name:>10}" for name in list(row)[2:])]
+        lines.append(f"{QUANTITIES[quantity]:<24}" + "".join(f"{v:>10.4f}" for v in values))
+    return "\n".join(lines[1:]) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -298,6 +415,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--run", required=True, metavar="FOLDER", help="results/<run>")
     parser.add_argument(
+        "--compare", action="store_true", help="retrain with both solvers, results in one table"
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="dfr_key=value",
@@ -306,8 +426,9 @@ def main(argv: list[str] | None = None) -> int:
 
     def again() -> None:
         arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+        retrain_as_asked = compare_solvers if arguments.compare else retrain_run
         with console_log():
-            print(f"Results: {retrain_run(Path(arguments.run), arguments.overrides)}")
+            print(f"Results: {retrain_as_asked(Path(arguments.run), arguments.overrides)}")
 
     return exit_code(again)
 
@@ -318,18 +439,56 @@ SPLITTING = (
 )  # fmt: skip
 
 
-def retrain_run(folder: Path, overrides) -> Path:
+def retrain_run(folder: Path, overrides=()) -> Path:
     """Retrain the network of a run's last (or best) checkpoint with other settings of DFR.
 
     Writes `config_used.yaml` and what `save` writes into a new folder `<run>/dfr/<time>`, and
     returns that. Raises `ConfigError` for overrides that are not of DFR, `DataError` when the data
     are not the run's: test or training data must never be what DFR retrains on.
     """
-    import checkpoints
-    import config as configuration
-    import data_loader
-    import model
     import tracking
+
+    config = _run_config(folder, overrides)
+    network, splits = load_network(folder, config)
+    check(splits, config.dfr_solver)
+    head, results = retrain(network, splits, config)
+    place = tracking.new_folder(folder / "dfr")
+    files.write_text(place / "config_used.yaml", tracking.config_yaml(config))
+    save(place, head, results, splits.group_names)
+    log.info("%s", text(results, splits.group_names))
+    return place
+
+
+def compare_solvers(folder: Path, overrides=()) -> Path:
+    """As `retrain_run`, with every solver, each into a folder of its name in `<run>/dfr/<time>`.
+
+    Beside them `dfr_comparison.csv` and `.txt`: accuracies before and after, side by side.
+    """
+    import tracking
+
+    configs = {
+        solver: _run_config(folder, [*overrides, f"dfr_solver={solver}"]) for solver in SOLVERS
+    }
+    network, splits = load_network(folder, configs[SOLVERS[0]])
+    for solver in SOLVERS:
+        check(splits, solver)
+    found = {solver: retrain(network, splits, config) for solver, config in configs.items()}
+    place = tracking.new_folder(folder / "dfr")
+    for solver, (head, results) in found.items():
+        (place / solver).mkdir()
+        configuration = tracking.config_yaml(configs[solver])
+        files.write_text(place / solver / "config_used.yaml", configuration)
+        save(place / solver, head, results, splits.group_names)
+    rows = comparison({solver: results for solver, (_, results) in found.items()})
+    files.write_csv(place / "dfr_comparison.csv", rows)
+    files.write_text(place / "dfr_comparison.txt", comparison_text(rows))
+    log.info("%s", comparison_text(rows))
+    return place
+
+
+def _run_config(folder: Path, overrides) -> Config:
+    """A run's configuration with other settings of DFR. Raises `ConfigError` for other keys."""
+    import config as configuration
 
     used = folder / "config_used.yaml"
     if not used.is_file():
@@ -342,22 +501,27 @@ def retrain_run(folder: Path, overrides) -> Path:
         raise ConfigError(
             *(f"{given}: allowed: keys of DFR, but not {', '.join(SPLITTING)}" for given in wrong)
         )
-    config = configuration.load_config(used, [*overrides, "use_dfr=true"])
+    return configuration.load_config(used, [*overrides, "use_dfr=true"])
+
+
+def load_network(folder: Path, config: Config):
+    """(network, splits) of a run, on the device: of its last or best epoch, see `dfr_network`.
+
+    Raises `DataError` when the data are not the run's.
+    """
+    import checkpoints
+    import data_loader
+    import model
+
     device = model.choose_device(config.device)
     splits = data_loader.load(config)
     if config.use_feature_extractor:
         import feature_extractor
 
         splits = feature_extractor.Extractor(config, device).extract(splits)
-    check(splits)
     network = model.build_for(config, splits)
     checkpoints.load_network(network, folder, config.dfr_network, splits.fingerprint())
-    head, results = retrain(network.to(device), splits.to(device), config)
-    place = tracking.new_folder(folder / "dfr")
-    files.write_text(place / "config_used.yaml", tracking.config_yaml(config))
-    save(place, head, results, splits.group_names)
-    log.info("%s", text(results, splits.group_names))
-    return place
+    return network.to(device), splits.to(device)
 
 
 if __name__ == "__main__":

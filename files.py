@@ -4,6 +4,7 @@ What the disk refuses (full, read-only, no permission) becomes a `StorageError` 
 path and the bytes needed; what was there before stays as it was.
 """
 
+import csv
 import errno
 import io
 import os
@@ -58,6 +59,15 @@ def write(path, data: bytes) -> None:
 def write_text(path, text: str) -> None:
     """Write a whole text file in UTF-8."""
     write(path, text.encode())
+
+
+def write_csv(path, rows: list[dict], columns=None) -> None:
+    """Write a whole table: mappings with the same keys, which are its columns."""
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, columns or rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, table.getvalue())
 
 
 def save(path, writer) -> None:

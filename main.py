@@ -89,7 +89,7 @@ def _load(config: Config, device: str):
     if extractor:
         splits = extractor.extract(splits)
     if config.use_dfr:
-        dfr.check(splits)
+        dfr.check(splits, config.dfr_solver)
     network = model.build_for(config, splits)  # here, because it may miss its weights
     return splits, network, {"data": splits.facts, "features": extractor and extractor.facts}
 

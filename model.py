@@ -17,6 +17,7 @@ Hyperparameter Transfer"; NTP follows Jacot et al., "Neural Tangent Kernel". Wit
 SGD takes the same learning rate in every layer; NTP's Adam factors are 1.
 """
 
+import copy
 import math
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -96,6 +97,13 @@ class ScaledLinear(nn.Module):
                 self.bias.normal_(0, self.bias_scaling.std, generator=generator)
                 if zero_bias:
                     self.bias.zero_()
+
+    def effective(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight (outputs, inputs) and bias (outputs,) of the plain linear layer that this is."""
+        weight = self.weight_scaling.multiplier * self.weight
+        if self.bias is None:
+            return weight, weight.new_zeros(len(weight))
+        return weight, self.bias_scaling.multiplier * self.bias
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         # The multiplier goes on the product: on W it would cost a pass over a larger tensor.
@@ -312,6 +320,21 @@ def _seeded(*purpose):
         # Of the CPU alone: torch.manual_seed would set those of GPUs for good.
         torch.default_generator.manual_seed(derive_seed(*purpose))
         yield
+
+
+def fresh_classifier(network, config: Config, *purpose) -> nn.Module:
+    """A last layer like the network's, trainable, initialised from the seed for this purpose.
+
+    On the CPU, so that it starts alike on every device; the network keeps its own.
+    """
+    layer = copy.deepcopy(network.classifier).cpu().requires_grad_(True)
+    if isinstance(layer, ScaledLinear):
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, *purpose))
+        layer.initialise(generator, config.use_zero_bias_initialization)
+    else:
+        with _seeded(config.seed, *purpose):
+            layer.reset_parameters()
+    return layer
 
 
 def num_outputs(config: Config, num_classes: int, num_tasks: int = 1) -> int:

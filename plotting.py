@@ -1,6 +1,7 @@
 """Saved tables of a run in, figures out: `python plotting.py results/<run> [--format png|svg]`.
 
-Reads only the tables in the run's folder and never a model.
+Reads only the tables in the run's folder and never a model. With `--gradcam` the tables of
+`gradcam.py`, which needs the run's network and data, are made first.
 """
 
 import argparse
@@ -54,6 +55,7 @@ FORMATS = ("png", "svg")
 TABLES = ("training_history.csv", "analysis.csv", "dfr_results.json", "samples.npz")
 TEXTS = ("split", "name", "analysis", "pair", "quantity", "task")
 PICTURES_PER_GROUP = 8
+GROUPS_PER_PAGE = 8
 SAMPLE_ROWS = 24
 MORE_SETS = ("opposite", "clean", "all_main", "shortcut_only")  # than train, val, target and test
 MAX_SAMPLES = 2**26  # bytes; 32 pictures of 112 × 112 are 2**22
@@ -642,10 +644,42 @@ def dfr(run: Run) -> Figure | None:
         tuning_curve(figure.add_subplot(grid[0, 1]), points, result.get("c"), score)
     handles = [Patch(facecolor=GREY, label=time, **look) for time, look in BAR_LOOKS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
-    settings = [f"{key} {result[key]}" for key in ("split_strategy", "reg", "c") if key in result]
+    settings = [
+        f"{key} {result[key]}" for key in ("split_strategy", "solver", "reg", "c") if key in result
+    ]
     subject = f"DFR of {result.get('target_layer', 'the last layer')} ({', '.join(settings)})"
     figure.suptitle(title(run, subject))
     return figure
+
+
+def read_pictures(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file: `pictures` (M, H, W, 1 or 3), `group`, `y`, `a` (M,), others (M, H, W).
+
+    Raises `PlotError` for other shapes and what is not numbers.
+    """
+    with readable(path):
+        unpacked = sum(member.file_size for member in zip_files.members(path))
+        if unpacked > MAX_SAMPLES:
+            raise PlotError(f"{path}: {unpacked} bytes unpacked; allowed: up to {MAX_SAMPLES}")
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        pictures, _ = arrays["pictures"], arrays["group"]
+        if pictures.ndim != 4 or pictures.shape[-1] not in (1, 3):
+            raise ValueError(f"pictures of shape {pictures.shape}")
+        for name, values in arrays.items():
+            expected = pictures.shape[: {"pictures": 4, "group": 1, "y": 1, "a": 1}.get(name, 3)]
+            if values.shape != expected or values.dtype.kind not in "fiu":
+                raise ValueError(
+                    f"{len(pictures)} pictures, {name} of shape {values.shape}, {values.dtype}"
+                )
+    return arrays
+
+
+def show_picture(ax, picture: np.ndarray) -> None:
+    """A picture (H, W, 1 or 3) with values in [0, 1], without axes."""
+    picture = np.clip(np.nan_to_num(picture.astype(float)), 0, 1)
+    picture = picture[..., 0] if picture.shape[-1] == 1 else picture
+    ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
 
 
 def samples(run: Run) -> Figure | None:
@@ -653,21 +687,10 @@ def samples(run: Run) -> Figure | None:
     path = run.folder / "samples.npz"
     if not present(path):
         return None
+    arrays = read_pictures(path)
+    by_class = len(np.unique(arrays["group"])) > SAMPLE_ROWS
     with readable(path):
-        unpacked = sum(member.file_size for member in zip_files.members(path))
-        if unpacked > MAX_SAMPLES:
-            raise PlotError(f"{path}: {unpacked} bytes unpacked; allowed: up to {MAX_SAMPLES}")
-        with np.load(path, allow_pickle=False) as arrays:
-            by_class = len(np.unique(arrays["group"])) > SAMPLE_ROWS
-            pictures, members = arrays["pictures"], arrays["y" if by_class else "group"]
-        if (
-            pictures.ndim != 4
-            or pictures.shape[-1] not in (1, 3)
-            or pictures.dtype.kind not in "fu"
-        ):
-            raise ValueError(f"pictures of shape {pictures.shape}, {pictures.dtype}")
-        if members.shape != pictures.shape[:1]:
-            raise ValueError(f"{len(pictures)} pictures, groups of shape {members.shape}")
+        pictures, members = arrays["pictures"], arrays["y" if by_class else "group"]
     labels = run.labels
     if by_class:
         names = run.counts.drop_duplicates("y").set_index("y").name
@@ -685,13 +708,59 @@ def samples(run: Run) -> Figure | None:
         for ax in row:
             ax.set_axis_off()
         for ax, picture in zip(row, pictures[members == g], strict=False):
-            picture = np.clip(np.nan_to_num(picture), 0, 1)
-            picture = picture[..., 0] if picture.shape[-1] == 1 else picture
-            ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            show_picture(ax, picture)
         # Hidden axes have no label: text beside the first picture stands in for it.
         place = {"ha": "right", "va": "center", "transform": row[0].transAxes}
         row[0].text(-0.12, 0.5, labels[g].replace(", ", ",\n"), **place)
     figure.suptitle(title(run, "Samples"))
+    return figure
+
+
+def gradcam(run: Run) -> list[Figure]:
+    """Where the network looks: for each group (rows) pictures, and their heat before and after DFR.
+
+    Eight groups on a page.
+    """
+    path = run.folder / "gradcam.npz"
+    if not present(path):
+        return []
+    arrays = read_pictures(path)
+    pictures, group = arrays["pictures"], arrays["group"]
+    heat = {name: arrays[name] for name in ("before_dfr", "after_dfr") if name in arrays}
+    shown = [g for g in run.labels if (group == g).any()]
+    pages = [shown[i : i + GROUPS_PER_PAGE] for i in range(0, len(shown), GROUPS_PER_PAGE)]
+    return [_gradcam_page(run, pictures, heat, group, page) for page in pages]
+
+
+def _gradcam_page(run: Run, pictures, heat: dict, group, page: list[int]) -> Figure:
+    """The groups of one page as blocks, up to four side by side."""
+    across, down = min(4, len(page)), -(-len(page) // 4)
+    number = max(int((group == g).sum()) for g in page)
+    columns = {"input": None, **{name.replace("_dfr", ""): maps for name, maps in heat.items()}}
+    ratio = pictures.shape[1] / pictures.shape[2]
+    width = max(4, across * (0.2 + 0.8 * len(columns)))  # for the title
+    size = (width, 0.3 + down * (0.5 + 0.8 * ratio * number))
+    figure = Figure(figsize=size, layout="constrained")
+    blocks = figure.subfigures(down, across, squeeze=False, wspace=0.04).flat
+    for block, g in zip(blocks, page, strict=False):
+        block.suptitle(run.labels[g], fontsize=9)
+        axes = block.subplots(number, len(columns), squeeze=False)
+        for ax in axes.flat:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set(visible=True, color=GREY, linewidth=0.5)  # white shortcuts, white page
+        for ax, name in zip(axes[0], columns, strict=True):
+            ax.set_title(name, fontsize=8)
+        members = np.flatnonzero(group == g)
+        for row in axes[len(members) :]:
+            for ax in row:
+                ax.set_axis_off()
+        for row, i in zip(axes, members, strict=False):
+            for ax, maps in zip(row, columns.values(), strict=True):
+                show_picture(ax, pictures[i])
+                if maps is not None:
+                    alpha = np.clip(np.nan_to_num(maps[i].astype(float)), 0, 1)
+                    ax.imshow(alpha, cmap="autumn_r", vmin=0, vmax=1, alpha=0.85 * alpha)
+    figure.suptitle(title(run, "Grad-CAM, test pictures"))
     return figure
 
 
@@ -715,12 +784,19 @@ HISTORY_FIGURES = (
 TASK_FIGURES = (group_curves, group_accuracies, gaps, misclassification)
 FIGURES = {
     make.__name__: make
-    for make in (*HISTORY_FIGURES, *ANALYSIS_FIGURES, *METHOD_FIGURES.values(), dfr, samples)
+    for make in (
+        *HISTORY_FIGURES,
+        *ANALYSIS_FIGURES,
+        *METHOD_FIGURES.values(),
+        dfr,
+        samples,
+        gradcam,
+    )
 }
 
 
 def has_rows(run: Run, make) -> bool:
-    """Whether the table of a figure has rows; `dfr` and `samples` look for their own files."""
+    """Whether the table of a figure has rows; other figures look for their own files."""
     if make in HISTORY_FIGURES:
         return len(run.history) > 0 and len(history_splits(run)) > 0
     for method, figure in METHOD_FIGURES.items():
@@ -751,10 +827,12 @@ def draw(folder, file_format: str | None = None) -> list[Path]:
     with matplotlib.rc_context(RC):
         for task, name in _wanted(run):
             part, make = of_task(run, task) if task else run, FIGURES[name]
-            figure = make(part) if has_rows(part, make) else None
-            if figure is not None:
+            made = make(part) if has_rows(part, make) else None
+            pages = made if isinstance(made, list) else [made] * (made is not None)
+            for number, figure in enumerate(pages, 1):
                 stem = f"{name}_{task}" if task else name
-                paths.append(plots / f"{stem}.{file_format}")
+                page = f"{stem}_{number}" if number > 1 else stem
+                paths.append(plots / f"{page}.{file_format}")
                 save(figure, paths[-1], file_format)
     return paths
 
@@ -780,10 +858,19 @@ def main(argv=None) -> int:
     parser = Parser(prog="plotting.py", description="Redraw the figures of a run from its tables.")
     parser.add_argument("folder", help="results/<run>")
     parser.add_argument("--format", choices=FORMATS, help="default: the run's plot_format")
+    parser.add_argument(
+        "--gradcam",
+        action="store_true",
+        help="first find out where the network looks, from the run's checkpoint and data",
+    )
     try:
         arguments = parser.parse_args(argv)
+        if arguments.gradcam:
+            from gradcam import explain  # with torch and the networks
+
+            explain(Path(arguments.folder))
         paths = draw(arguments.folder, arguments.format)
-    except (PlotError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"plotting.py: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     print(*paths, sep="\n")

@@ -217,7 +217,7 @@ class Run(Tables):
 
     def forget_results(self) -> None:
         """Remove what follows from the trained network, which is going to be another."""
-        for pattern in ("model.pt", "dfr_*", "plots/dfr.*"):
+        for pattern in ("model.pt", "dfr_*", "gradcam.*", "plots/dfr.*", "plots/gradcam*"):
             for path in self.folder.glob(pattern):
                 path.unlink()
 
@@ -230,11 +230,7 @@ class Run(Tables):
 
     def save_data(self, count_rows: list[dict], samples: dict) -> None:
         """Write `group_counts.csv` and, if wanted, `samples.npz`."""
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COUNT_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(count_rows)
-        files.write_text(self.folder / "group_counts.csv", text.getvalue())
+        files.write_csv(self.folder / "group_counts.csv", count_rows, COUNT_COLUMNS)
         width = max(len(row["split"]) for row in count_rows)
         for row in count_rows:
             # A hundred groups would fill pages; their table has them all.

@@ -148,6 +148,9 @@ def write_run(folder, epochs=6, empty=(), every=1):
     pictures *= np.where(members % 2, 0, 1)[:, None, None, None] * [1, 0, 0] + [0, 0.3, 0]
     signs = {"y": np.where(members > 1, 1, -1), "a": np.where(members % 2, 1, -1)}
     np.savez(folder / "samples.npz", pictures=pictures.astype(np.float32), group=members, **signs)
+    few = np.arange(20) % 5 < 2
+    heat = {when: generator.random((8, 28, 28)) for when in ("before_dfr", "after_dfr")}
+    np.savez(folder / "gradcam.npz", pictures=pictures[few], group=members[few], **heat)
     return folder
 
 
@@ -310,7 +313,9 @@ def test_the_command_prints_the_paths(tmp_path, capsys):
         (folder / table).unlink()
     assert plotting.main([str(folder), "--format", "svg"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out == [str(folder / "plots" / name) for name in ("dfr.svg", "samples.svg")]
+    assert out == [
+        str(folder / "plots" / name) for name in ("dfr.svg", "samples.svg", "gradcam.svg")
+    ]
 
 
 def one_line(capsys):
@@ -338,6 +343,7 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path, capsys):
         ("dfr_results.json", "{"),
         ("dfr_results.json", "[1]"),
         ("samples.npz", "not a zip file"),
+        ("gradcam.npz", "not a zip file"),
         ("config_used.yaml", "a: [1"),
         ("config_used.yaml", "plot_format: pdf"),
     ],

@@ -662,7 +662,8 @@ def test_damaged_hashes_of_weights_are_made_again(tmp_path, monkeypatch):
 # Tables of a run
 
 
-def test_hostile_samples_of_a_run(tmp_path, intruder):
+@pytest.mark.parametrize("name", ["samples.npz", "gradcam.npz"])
+def test_hostile_pictures_of_a_run(tmp_path, intruder, name):
     pictures, group = np.zeros((4, 28, 28, 3)), np.arange(4)
     hostile = hostile_arrays(intruder, ("pictures", pictures), ("group", group))
     del hostile["encrypted"]  # numpy reads what is not, whatever the flag says
@@ -671,8 +672,10 @@ def test_hostile_samples_of_a_run(tmp_path, intruder):
         "too few": npz(pictures=pictures[:3], group=group),
         "text": npz(pictures=np.full((4, 2, 2, 3), "a"), group=group),
         "channels": npz(pictures=np.zeros((4, 2, 2, 9)), group=group),
+        "heat": npz(pictures=pictures, group=group, before_dfr=pictures),
     }
-    path = tmp_path / "samples.npz"
+    (tmp_path / "samples.npz").write_bytes(npz(pictures=pictures, group=group))  # makes it a run
+    path = tmp_path / name
     path.write_bytes(npz(pictures=pictures, group=group))
     plotting.draw(tmp_path)
     del hostile["empty"]  # counts as missing

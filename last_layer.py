@@ -1,0 +1,59 @@
+"""The last layer trained anew by stochastic gradient descent, on the features of a frozen body.
+
+As the body does not change, its features are computed once: a step on them is the step of the
+whole network with everything but its last layer frozen and in evaluation mode.
+"""
+
+import copy
+import math
+
+import numpy as np
+import torch
+
+import metrics
+from config import Config, derive_seed
+from errors import UserError
+from splits import Split
+
+
+def train(layer, features: Split, epoch_rows, held_out, config: Config) -> list[dict]:
+    """Train `layer` in place by Adam on the run's loss; it keeps the weights of its best epoch.
+
+    layer: features (N, d) → outputs (N, C); features: a split with features as inputs, on the
+    layer's device; epoch_rows(rng): which of its rows an epoch goes through; held_out: rows of each
+    group for the loss that decides which epoch is best and, by `dfr_sgd_patience`, which is the
+    last: the mean over the groups if `dfr_balance`, else over the samples.
+
+    Returns a row an epoch, {"epoch", "val_loss"}. Raises `UserError` when training diverges.
+    """
+    loss = metrics.LOSSES[config.loss_function].value
+    counts = [len(rows) for rows in held_out]
+    val = features.subset(torch.from_numpy(np.concatenate(held_out)), counts)
+    there = [count > 0 for count in counts]
+    weights = [one / sum(there) for one in there] if config.dfr_balance else val.shares
+    optimizer = torch.optim.Adam(layer.parameters(), lr=config.dfr_sgd_learning_rate)
+    history, best, kept = [], None, None
+    for epoch in range(1, config.dfr_sgd_epochs + 1):
+        rng = np.random.default_rng(derive_seed(config.seed, "dfr", "sgd", "epoch", epoch))
+        order = torch.from_numpy(rng.permutation(epoch_rows(rng)))
+        for batch in order.split(config.dfr_sgd_batch_size):
+            optimizer.zero_grad()
+            f = layer(features.inputs[batch]).squeeze(1)
+            loss(f, features.y[batch]).mean().backward()
+            optimizer.step()
+        with torch.no_grad():
+            losses = loss(layer(val.inputs).squeeze(1), val.y)
+        row = {"epoch": epoch}
+        row["val_loss"] = metrics.weighted(metrics.group_means(losses, val.slices), weights)
+        if not math.isfinite(row["val_loss"]):
+            raise UserError(
+                f"dfr_sgd_learning_rate: given {config.dfr_sgd_learning_rate:g}, with which the "
+                f"loss is {row['val_loss']} after epoch {epoch} of retraining; lower it"
+            )
+        history.append(row)
+        if best is None or row["val_loss"] < best["val_loss"]:
+            best, kept = row, copy.deepcopy(layer.state_dict())
+        elif epoch - best["epoch"] == config.dfr_sgd_patience:
+            break
+    layer.load_state_dict(kept)
+    return history
