@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 import groups
-from config import Config
+from config import Config, channels_standardised
 from errors import DataError
 from splits import Split
 
@@ -105,6 +105,16 @@ def labels(counts, cells=groups.GROUPS) -> tuple[torch.Tensor, torch.Tensor]:
         a = a.float() if cells == groups.GROUPS else a
     repeats = torch.tensor(counts)
     return y.repeat_interleave(repeats), a.repeat_interleave(repeats)
+
+
+def scaling(config: Config) -> str | None:
+    """How pictures that are made when used are scaled; extractors take them as they are."""
+    if config.use_feature_extractor:
+        return None
+    if config.normalize_inputs:
+        return "norm"
+    # Networks that take 224 pixels of Dominoes expect values from 0 to 1, as of other pictures.
+    return "channels" if channels_standardised(config) else None
 
 
 def prepared(split: Split, config: Config) -> Split:

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 
 import groups
 from composites import Composites
-from config import Config, channels_standardised, derive_seed
-from drawing import SAMPLES_PER_GROUP, Pool, draw_to_moments, hold_out, labels, shown
+from config import Config, derive_seed
+from drawing import SAMPLES_PER_GROUP, Pool, draw_to_moments, hold_out, labels, scaling, shown
 from errors import DataError
 from sources import cifar10, mnist
 from splits import Split, Splits
@@ -65,7 +65,7 @@ def load(config: Config) -> Splits:
                 found.images[np.concatenate(m)],
                 image_size=config.image_size,
                 grayscale=config.use_grayscale,
-                scaling=_scaling(config),
+                scaling=scaling(config),
             )
             there[name] = Split(inputs, *labels(counts[name], cells), counts[name])
     if config.dfr_val_split_strategy == "target" and "target" in there:
@@ -78,15 +78,6 @@ def load(config: Config) -> Splits:
         samples=_samples(there["train"], cells),
         facts={"cifar10": origin, "mnist": config.mnist_source},
     )
-
-
-def _scaling(config: Config) -> str | None:
-    if config.use_feature_extractor:
-        return None
-    if config.normalize_inputs:
-        return "norm"
-    # Networks that take 224 pixels expect values from 0 to 1, as of other pictures.
-    return "channels" if channels_standardised(config) else None
 
 
 def _pool(part: str, found: np.ndarray, classes, config: Config) -> Pool:

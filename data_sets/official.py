@@ -5,8 +5,8 @@ import logging
 import numpy as np
 import torch.nn.functional as F
 
-from config import Config, channels_standardised, derive_seed
-from drawing import SAMPLES_PER_GROUP, hold_out, labels, shown
+from config import Config, derive_seed
+from drawing import SAMPLES_PER_GROUP, hold_out, labels, scaling, shown
 from errors import DataError
 from pictures import Pictures, unreadable
 from splits import Split, Splits
@@ -79,15 +79,6 @@ def splits(source, group: np.ndarray, drawn: dict, config: Config, *, tasks, **f
         skipped=skipped,
         facts=facts,
     )
-
-
-def scaling(config: Config) -> str | None:
-    """How pictures are scaled; extractors take them as they are."""
-    if config.use_feature_extractor:
-        return None
-    if config.normalize_inputs:
-        return "norm"
-    return "channels" if channels_standardised(config) else None
 
 
 def _unreadable(source, rows: np.ndarray, config: Config) -> np.ndarray:
