@@ -361,7 +361,8 @@ def test_keys_without_effect():
     dominoes_keys = {"val_target_size": 80, "spurious_strength": 0.5, "data_augmentation": True}
     assert configuration.validate(dominoes_keys).ignored == (
         "val_target_size (only for Dominoes and CelebA's drawn splits)",
-        "spurious_strength (only for Dominoes with dominoes_classes: ten and CelebA's drawn splits)",
+        "spurious_strength "
+        "(only for Dominoes with dominoes_classes: ten and CelebA's drawn splits)",
         "data_augmentation (only for Dominoes and CelebA without a feature extractor)",
     )
     ten = {"dataset_name": "Dominoes", **TEN, "num_val_samples": 5, "train_correlation": 1}

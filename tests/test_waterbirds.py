@@ -548,6 +548,8 @@ def test_pickles_and_works_in_other_processes(good):
 class CountingSource:
     """Pictures of one value each; counts how many are decoded, and how many at once."""
 
+    side, augments = picture_files.SIDE, False
+
     def __init__(self):
         self.lock, self.decoded, self.now, self.most = threading.Lock(), 0, 0, 0
         self.pair = threading.Barrier(2, timeout=5)
@@ -649,7 +651,10 @@ def test_configuration(good):
     colored = configuration.validate(
         {"remove_minority_groups_train": True, "on_bad_image": "skip", "train_correlation": 0.5}
     )
-    assert colored.ignored == ("remove_minority_groups_train, on_bad_image (only for WaterBirds)",)
+    assert colored.ignored == (
+        "on_bad_image (only for WaterBirds and CelebA)",
+        "remove_minority_groups_train (only for the official splits of WaterBirds and CelebA)",
+    )
     with pytest.raises(ConfigError, match=r"on_bad_image: given 'ignore'.*allowed: error, skip"):
         configuration.validate({"on_bad_image": "ignore"})
     with pytest.raises(ConfigError, match="ColoredMNIST has no official validation set"):
