@@ -40,7 +40,7 @@ log = logging.getLogger(f"spurious.{__name__}")
 
 MOST_GROUPS = 8  # more are not listed in the text; the JSON file has all
 SOLVERS = ("sklearn", "sgd")
-HELD_OUT = 5  # every fifth sample of a group decides when gradient descent stops
+HELD_OUT = 5  # every fifth sample decides when gradient descent stops
 QUANTITIES = {
     "avg_acc": "average accuracy",
     "adjusted_acc": "adjusted accuracy",
@@ -89,10 +89,11 @@ def check(splits: Splits, solver: str = "sklearn") -> None:
             f"use_dfr: the data set aside for DFR hold {found} only; raise dfr_val_ratio or "
             "num_train_samples, or set use_dfr: false"
         )
-    if solver == "sgd" and max(splits.dfr.counts) < HELD_OUT:
+    if solver == "sgd" and len(splits.dfr) < HELD_OUT:
         raise DataError(
-            f"dfr_solver: sgd holds out a fifth of each group, but none set aside for DFR has "
-            f"{HELD_OUT} samples; raise dfr_val_ratio or num_train_samples, or take sklearn"
+            f"dfr_solver: sgd holds out a fifth of the data set aside for DFR, for which these "
+            f"{len(splits.dfr)} samples are too few; raise dfr_val_ratio or num_train_samples, or "
+            "take sklearn"
         )
     empty = [splits.group_names[g] for g, count in enumerate(splits.dfr.counts) if not count]
     if len(empty) > 4:
@@ -119,12 +120,21 @@ def balanced(members: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
     return np.sort(chosen)
 
 
-def fitting_and_scoring(split: Split, rng: np.random.Generator, part: int) -> tuple[list, list]:
-    """Rows of each group for fitting, and those for scoring: ⌊n_g/part⌋ of each group."""
+def fitting_and_scoring(split: Split, rng: np.random.Generator, counts) -> tuple[list, list]:
+    """Rows of each group for fitting, and for scoring; counts: how many of each are for scoring."""
     members = [rng.permutation(rows) for rows in _members(split)]
-    ends = [len(rows) - len(rows) // part for rows in members]
+    ends = [len(rows) - count for rows, count in zip(members, counts)]
     fitting = [rows[:end] for rows, end in zip(members, ends)]
     return fitting, [rows[end:] for rows, end in zip(members, ends)]
+
+
+def fifths(counts: list[int]) -> list[int]:
+    """How many samples of each group are every fifth of all, counted through the groups.
+
+    So small groups have their part, too; of a group of one sample it can be all.
+    """
+    ends = np.cumsum(counts)
+    return (ends // HELD_OUT - (ends - counts) // HELD_OUT).tolist()
 
 
 def rows_to_fit(members: list[np.ndarray], rng: np.random.Generator, config: Config) -> np.ndarray:
@@ -139,7 +149,8 @@ def tune(features, split: Split, config: Config) -> list[dict]:
     group has a second sample to score with.
     """
     rng = np.random.default_rng(derive_seed(config.seed, "dfr", "tune"))
-    fitting, scoring = fitting_and_scoring(split, rng, 2)
+    halves = [count // 2 for count in split.counts]
+    fitting, scoring = fitting_and_scoring(split, rng, halves)
     table = []
     for c, found in _fit_options(features, split, rows_to_fit(fitting, rng, config), config):
         right = _right(found, features, split)
@@ -293,7 +304,7 @@ def _by_regressions(features_of, features, splits: Splits, config: Config):
 def _by_gradient_descent(model, features, source: Split, config: Config):
     """(coefficients, intercept, facts) of a fresh last layer trained on these features."""
     rng = np.random.default_rng(derive_seed(config.seed, "dfr", "sgd", "split"))
-    fitting, held_out = fitting_and_scoring(source, rng, HELD_OUT)
+    fitting, held_out = fitting_and_scoring(source, rng, fifths(source.counts))
     device = source.y.device
     layer = fresh_classifier(model, config, "dfr", "sgd", "classifier").to(device)
     history = last_layer.train(

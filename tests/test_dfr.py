@@ -98,7 +98,7 @@ def test_tuning_fits_one_half_and_scores_the_other(settings, monkeypatch):
     table = dfr.tune(X, splits.dfr, config)
     assert [row["c"] for row in table] == [0.01, 0.3, 3.0]
     seeded = np.random.default_rng(dfr.derive_seed(config.seed, "dfr", "tune"))
-    fitting, scoring = dfr.fitting_and_scoring(splits.dfr, seeded, 2)
+    fitting, scoring = dfr.fitting_and_scoring(splits.dfr, seeded, [10, 4, 4, 12])
     assert [len(rows) for rows in fitting] == [10, 4, 5, 12]
     assert [len(rows) for rows in scoring] == [10, 4, 4, 12]
     assert sorted(np.concatenate(fitting + scoring)) == list(range(61))

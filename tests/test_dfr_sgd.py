@@ -67,8 +67,12 @@ def trained_whole(net, splits, config):
     source, loss = splits.dfr, metrics.LOSSES[config.loss_function].value
     rng = np.random.default_rng(dfr.derive_seed(config.seed, "dfr", "sgd", "split"))
     members = [rng.permutation(np.arange(s.start, s.stop)) for s in source.slices]
-    held = [rows[len(rows) - len(rows) // 5 :] for rows in members]
-    fitting = [rows[: len(rows) - len(rows) // 5] for rows in members]
+    held, fitting, number = [], [], 0
+    for rows in members:
+        n = sum(i % 5 == 4 for i in range(number, number + len(rows)))
+        number += len(rows)
+        held.append(rows[len(rows) - n :])
+        fitting.append(rows[: len(rows) - n])
     optimizer = torch.optim.Adam(net.classifier.parameters(), lr=config.dfr_sgd_learning_rate)
     states, scores = [], []
     for epoch in range(1, config.dfr_sgd_epochs + 1):
@@ -169,7 +173,7 @@ def test_patience_and_the_best_epoch(settings):
 
 
 @pytest.mark.parametrize("balance", [True, False])
-def test_a_fifth_of_each_group_is_held_out_and_epochs_are_balanced(settings, monkeypatch, balance):
+def test_a_fifth_is_held_out_and_epochs_are_balanced(settings, monkeypatch, balance):
     seen = {}
 
     def train(layer, features, epoch_rows, held_out, config):
@@ -181,14 +185,14 @@ def test_a_fifth_of_each_group_is_held_out_and_epochs_are_balanced(settings, mon
     net, splits, config = problem(settings, dfr_balance=balance)
     results = dfr.retrain(net, splits, config)[1]
     group = splits.dfr.group.numpy()
-    assert [len(rows) for rows in seen["held_out"]] == [4, 1, 1, 4]
+    assert [len(rows) for rows in seen["held_out"]] == [4, 1, 2, 5]
     assert all((group[rows] == g).all() for g, rows in enumerate(seen["held_out"]))
     trained_on = [set(rows.tolist()) for rows in seen["epochs"]]
     left = set(range(61)) - set(np.concatenate(seen["held_out"]).tolist())
     assert set.union(*trained_on) == left
     for rows in seen["epochs"]:
-        assert np.bincount(group[rows]).tolist() == ([7] * 4 if balance else [16, 7, 8, 20])
-    assert results["num_samples"] == (28 if balance else 51)
+        assert np.bincount(group[rows]).tolist() == ([7] * 4 if balance else [16, 7, 7, 19])
+    assert results["num_samples"] == (28 if balance else 49)
     assert results["samples_per_group"] == (7 if balance else None)
 
 
@@ -207,19 +211,26 @@ def test_a_new_layer_depends_on_seed_and_purpose_only(settings):
 
 def test_data_that_are_too_few_are_told_before_training():
     splits = make_splits()
-    splits.dfr = make_split((4, 4, 4, 3))
+    splits.dfr = make_split((1, 1, 1, 1))
     dfr.check(splits)
-    with pytest.raises(DataError, match="dfr_solver: sgd holds out a fifth"):
+    with pytest.raises(DataError, match=r"dfr_solver: sgd holds out a fifth .* 4 samples are too"):
         dfr.check(splits, "sgd")
-    splits.dfr = make_split((5, 4, 4, 3))
+    splits.dfr = make_split((1, 1, 1, 2))
     dfr.check(splits, "sgd")
+
+
+def test_a_fifth_of_small_groups():
+    assert dfr.fifths([5, 0, 10, 4]) == [1, 0, 2, 0]
+    assert dfr.fifths([4] * 10) == [0, 1, 1, 1, 1, 0, 1, 1, 1, 1]
+    assert dfr.fifths([1] * 10) == [0, 0, 0, 0, 1] * 2
+    assert dfr.fifths([0, 4, 1, 3, 2]) == [0, 0, 1, 0, 1]
 
 
 def test_groups_that_are_empty_or_tiny(settings):
     net, splits, config = problem(settings)
     splits.dfr = in_float64(make_splits(train=(9, 0, 1, 30), shape=(3, 8, 8))).train
     _, results = dfr.retrain(net, splits, config)
-    assert results["num_samples"] == 3 and results["samples_per_group"] == 1
+    assert results["num_samples"] == 16 and results["samples_per_group"] == 8
 
 
 def test_a_learning_rate_that_is_too_large_is_told(settings):

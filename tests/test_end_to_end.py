@@ -54,7 +54,7 @@ def go(tmp_path, pictures, capsys, monkeypatch):
     "keys",
     [
         {"debias_method": "SCALE", "scale_group_size": 10},
-        {"debias_method": "GroupDRO"},
+        {"debias_method": "GroupDRO", "dfr_solver": "sgd"},
         {"debias_method": "IW_uniform", "scheduler": "none"},
         {"debias_method": "ERM_target", "dfr_network": "best"},
         {"model_name": "ResNet18", "epochs": 1, "train_batch_size": 79, "use_dfr": "false"},
