@@ -22,6 +22,7 @@ import trainer
 from command import Stopped, whole_step
 from config import Config, derive_seed
 from errors import ConfigError
+from strict_yaml import show
 
 log = logging.getLogger(f"spurious.{__name__}")
 
@@ -51,14 +52,16 @@ class Heads(nn.Module):
 
 def check(config: Config) -> None:
     """Raises `ConfigError` for settings that cannot be trained so."""
-    problems = []
-    if config.train_batch_size is None:
-        problems.append("train_batch_size: given null; allowed for all tasks at once: a number")
-    if config.early_stopping_patience is not None:
-        problems.append(
-            f"early_stopping_patience: given {config.early_stopping_patience}; allowed for all "
-            "tasks at once: null"
-        )
+    wrong = {
+        "train_batch_size": (config.train_batch_size is None, "a whole number"),
+        "early_stopping_patience": (config.early_stopping_patience is not None, "null"),
+        "loss_function": (config.loss_function == "cross_entropy", "logistic, mse"),
+    }
+    problems = [
+        f"{name}: given {show(getattr(config, name))}; allowed for all tasks at once: {allowed}"
+        for name, (refused, allowed) in wrong.items()
+        if refused
+    ]
     if problems:
         raise ConfigError(*problems)
 
