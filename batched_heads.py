@@ -39,6 +39,8 @@ class Heads(nn.Module):
         for layer in self.mlp.layers:
             for name, one in list(layer.named_parameters()):
                 stacked = one.detach().repeat(count, *[1] * one.dim())
+                if one.dim() == 2:  # in the layout of its gradient, which is not copied then
+                    stacked = stacked.mT.contiguous().mT
                 setattr(layer, name, nn.Parameter(stacked, requires_grad=one.requires_grad))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

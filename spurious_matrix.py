@@ -16,6 +16,7 @@ import json
 import logging
 import shlex
 import sys
+import warnings
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
@@ -439,18 +440,25 @@ def conclude(folder: Path, options: dict, config: Config) -> None:
     vectors, sigma, d = shortcuts.directions(T, gamma)
     write("cosine_directions.csv", shortcuts.cosines(vectors, vectors))
     seeds = {name: derive_seed(config.seed, "clusters", name) for name in ("rows", "cosine", "svd")}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        rows = shortcuts.coclusters(Z, k, seeds["rows"])
+        similar = shortcuts.coclusters(cosines, k, seeds["cosine"])
+        apart = shortcuts.clusters(vectors, k, seeds["svd"])
+    for warning in told:
+        log.warning("Clusters: %s", warning.message)
     described = {
         "eps": eps,
         "k": k,
         "gamma": gamma,
         "coclusters": {
-            "standardised": _named_pair(shortcuts.coclusters(Z, k, seeds["rows"]), names, k),
-            "cosine": _named_pair(shortcuts.coclusters(cosines, k, seeds["cosine"]), names, k),
+            "standardised": _named_pair(rows, names, k),
+            "cosine": _named_pair(similar, names, k),
         },
         "directions": {
             "d": d,
             "singular_values": sigma.tolist(),
-            "clusters": _named(shortcuts.clusters(vectors, k, seeds["svd"]), names, k),
+            "clusters": _named(apart, names, k),
         },
     }
     text = json.dumps(described, indent=1, ensure_ascii=False, allow_nan=False)
