@@ -63,7 +63,7 @@ def latest(folder, run) -> dict | None:
     paths = sorted(folder.glob("epoch_*.pt"), reverse=True)
     for path in paths:
         try:
-            state = _load(path, STATE)
+            state = read(path, STATE)
         except Exception as error:  # there is no end to what damaged bytes raise in torch
             log.warning("%s: not readable (%s)", path, str(error).partition("\n")[0])
             continue
@@ -75,7 +75,8 @@ def latest(folder, run) -> dict | None:
     return None
 
 
-def _load(path, keys: set[str]) -> dict:
+def read(path, keys: set[str]) -> dict:
+    """What `torch.save` wrote of a mapping with these keys; raises whatever damage makes it."""
     with zipfile.ZipFile(path) as archive:  # torch's older formats are pickles as a whole
         if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
             raise ValueError("packed, which torch.save does not")
@@ -98,7 +99,7 @@ def load_network(model, folder, which: str, fingerprint: str) -> None:
     if not all(path.exists() for path in paths) or not paths:
         raise UserError(f"{places}: no {which} checkpoint")
     try:
-        state = _load(paths[0], BEST if which == "best" else STATE)
+        state = read(paths[0], BEST if which == "best" else STATE)
     except Exception as error:  # there is no end to what damaged bytes raise in torch
         raise UserError(f"{paths[0]}: not readable, {error}") from None
     check_data(state, fingerprint, folder)

@@ -1,0 +1,200 @@
+"""One MLP a task on the same features, all trained in one batched run.
+
+Every head has the initial parameters, the batches and the steps of ERM that it would have in a run
+of its own, so that it comes out the same up to rounding: the batches of an epoch derive from (seed,
+epoch), and only the order in which a run stores its samples, group by group, depends on the task.
+"""
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+
+import checkpoints
+import files
+import memory
+import metrics
+import model
+import trainer
+from command import Stopped, whole_step
+from config import Config, derive_seed
+from errors import ConfigError
+from strict_yaml import show
+
+log = logging.getLogger(f"spurious.{__name__}")
+
+FILE = "heads.pt"
+STATE = {"epoch", "step", "model", "optimizer", "data"}
+
+
+class Heads(nn.Module):
+    """K MLPs of one configuration and initialisation: every parameter stacked, (K, …)."""
+
+    def __init__(self, config: Config, inputs: int, count: int):
+        super().__init__()
+        self.mlp = model.build(config, (inputs,))
+        for layer in self.mlp.layers:
+            for name, one in list(layer.named_parameters()):
+                stacked = one.detach().repeat(count, *[1] * one.dim())
+                if one.dim() == 2:  # in the layout of its gradient, which is not copied then
+                    stacked = stacked.mT.contiguous().mT
+                setattr(layer, name, nn.Parameter(stacked, requires_grad=one.requires_grad))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Outputs f (K, B) of inputs (K, B, d), or of the same (B, d) for all heads."""
+
+        def one(parameters, x):
+            return functional_call(self.mlp, parameters, (x,))
+
+        return vmap(one, (0, 0 if x.dim() == 3 else None))(dict(self.mlp.named_parameters()), x)
+
+
+def check(config: Config) -> None:
+    """Raises `ConfigError` for settings that cannot be trained so."""
+    wrong = {
+        "train_batch_size": (config.train_batch_size is None, "a whole number"),
+        "early_stopping_patience": (config.early_stopping_patience is not None, "null"),
+        "loss_function": (config.loss_function == "cross_entropy", "logistic, mse"),
+    }
+    problems = [
+        f"{name}: given {show(getattr(config, name))}; allowed for all tasks at once: {allowed}"
+        for name, (refused, allowed) in wrong.items()
+        if refused
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def train(
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    orders: torch.Tensor,
+    config: Config,
+    folder: Path,
+    data: str,
+    names: list[str],
+) -> Heads:
+    """Trained heads for K tasks on the features (N, d); goes on from `heads.pt`, if it is there.
+
+    labels: (N, K) of -1 and +1; orders: (K, N), where in `features` the samples are that a task's
+    own run would store, in its order; data: a fingerprint of all this; names: of the tasks. Raises
+    `Diverged` when parameters turn NaN or infinite, `DataError` for a checkpoint of other data.
+    """
+    return _Training(features, labels, orders, config, folder, data, names).all_epochs()
+
+
+class _Training:
+    def __init__(self, features, labels, orders, config, folder, data, names):
+        _check_memory(config, features.shape[1], *orders.shape)
+        self.features, self.labels, self.orders = features, labels, orders
+        self.config, self.folder, self.data, self.names = config, folder, data, names
+        self.heads = Heads(config, features.shape[1], len(orders)).to(features.device)
+        self.optimizer = trainer.build_optimizer(self.heads.mlp, config)
+        self.loss = metrics.LOSSES[config.loss_function]
+        self.epoch = self.step = 0  # the last whole one, and steps done since then
+
+    def all_epochs(self) -> Heads:
+        self.restore()
+        every = self.config.checkpoint_every
+        try:
+            while self.epoch < self.config.epochs:
+                losses = self.train_epoch(self.epoch + 1)
+                with whole_step():
+                    self.epoch, self.step = self.epoch + 1, 0
+                self.check_finite()
+                worst = losses.argmax().item()
+                log.info(
+                    "epoch %d/%d  mean loss %.3g, the largest %.3g of %s",
+                    *(self.epoch, self.config.epochs, losses.mean(), losses[worst]),
+                    self.names[worst],
+                )
+                if self.epoch == self.config.epochs or (every and self.epoch % every == 0):
+                    self.checkpoint()
+        except Stopped as stop:
+            if not stop.torn:  # else the state is neither the last step's nor the next one's
+                self.checkpoint()
+            raise
+        return self.heads
+
+    def train_epoch(self, epoch: int) -> torch.Tensor:
+        """Every head's steps of an epoch that are left; their mean loss (K,) each."""
+        config, heads = self.config, torch.arange(len(self.orders))[:, None]
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * trainer.learning_rate_factor(config, epoch)
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, "batches", epoch))
+        order = torch.randperm(self.orders.shape[1], generator=generator)
+        batches = list(enumerate(order.split(config.train_batch_size), 1))[self.step :]
+        total = torch.zeros(len(self.orders), device=self.features.device)
+        for i, places in batches:
+            rows = self.orders[:, places]
+            with whole_step():
+                self.optimizer.zero_grad()
+                f = self.heads(self.features[rows])
+                losses = self.loss.value(f, self.labels[rows, heads]).mean(1)
+                losses.sum().backward()  # the heads share nothing: each gets its own gradient
+                self.optimizer.step()
+                self.step = i
+            total += losses.detach()
+        return (total / max(1, len(batches))).cpu()
+
+    def check_finite(self) -> None:
+        for head, name in enumerate(self.names):
+            if not all(p[head].isfinite().all() for p in self.heads.parameters()):
+                rate = self.config.learning_rate
+                raise trainer.Diverged(
+                    f"learning_rate: the network for {name} is not finite at epoch {self.epoch} "
+                    f"with learning rate {rate:g}; lower it"
+                )
+
+    def checkpoint(self) -> None:
+        state = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "model": self.heads.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "data": self.data,
+        }
+        files.save(self.folder / FILE, partial(torch.save, state))
+
+    def restore(self) -> None:
+        path = self.folder / FILE
+        if not path.exists():
+            return
+        try:
+            state = checkpoints.read(path, STATE)
+        except Exception as error:  # there is no end to what damaged bytes raise in torch
+            raise checkpoints.Useless(
+                f"{path}: not readable ({error}); to start over, remove it"
+            ) from None
+        checkpoints.check_data(state, self.data, self.folder)
+        self.heads.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        log.info("Going on from epoch %d%s", self.epoch, f", step {self.step}" * bool(self.step))
+
+
+def _check_memory(config: Config, inputs: int, count: int, samples: int) -> None:
+    """Raises `ConfigError` if the heads and a batch of each do not fit into the memory."""
+    width, depth, there = config.hidden_dim, config.num_hidden_layers, memory.available()
+    weights = width * (inputs + (depth - 1) * width + 1)
+    batch = 4 * min(config.train_batch_size, samples) * (inputs + 3 * depth * width)
+    needed = count * (memory.training_bytes(weights, config.optimizer, config.momentum) + batch)
+    if config.device != "cuda" and there and needed > there:
+        raise ConfigError(
+            f"hidden_dim, num_hidden_layers, train_batch_size: given {width}, {depth}, "
+            f"{config.train_batch_size}, which for {count} tasks at once is "
+            f"{memory.shown(needed)}, but {memory.shown(there)} are there; allowed: less"
+        )
+
+
+@torch.no_grad()
+def right(heads: Heads, features: torch.Tensor, labels: torch.Tensor, batch_size: int):
+    """(N, K) bool, which heads are right about which samples: one pass over the features (N, d).
+
+    labels: (N, K) of -1 and +1.
+    """
+    f = torch.cat([heads(x) for x in features.split(batch_size)], dim=1)
+    return metrics.correct(f.flatten(), labels.T.flatten()).view(f.shape).T
