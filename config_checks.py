@@ -297,12 +297,12 @@ def _check_batch_norm(c):
         )
 
 
-def _validation_key(c) -> str:
-    return "val_target_size" if c["dataset_name"] == "Dominoes" else "num_val_samples"
+def _validation_key(dataset: str) -> str:
+    return "val_target_size" if dataset == "Dominoes" else "num_val_samples"
 
 
 def _check_early_stopping(c):
-    patience, val = c["early_stopping_patience"], _validation_key(c)
+    patience, val = c["early_stopping_patience"], _validation_key(c["dataset_name"])
     if patience and c[val] == 0:
         yield (
             f"early_stopping_patience: given {patience}, which goes by the validation loss, but "
@@ -311,7 +311,7 @@ def _check_early_stopping(c):
 
 
 def _check_best(c):
-    val = _validation_key(c)
+    val = _validation_key(c["dataset_name"])
     if c["use_dfr"] and c["dfr_network"] == "best" and c[val] == 0:
         yield (
             f"dfr_network: given best, which validation data tell, but {val} is 0; allowed: last"
@@ -418,7 +418,7 @@ def _is_drawn(c) -> bool:
 # Keys that only some settings use: (condition under which they count, why they do not, keys).
 EFFECT = [
     (
-        lambda c: c.dataset_name != "WaterBirds",
+        lambda c: c.dataset_name not in ("WaterBirds", "CelebA"),
         "only for data sets of digits",
         ["mnist_source"],
     ),
@@ -430,13 +430,9 @@ EFFECT = [
             "spurious_features",
             "only_spurious",
             "opposite_spurious_features",
+            "dfr_spurious_features",
             "dfr_reuse_train",
         ],
-    ),
-    (
-        lambda c: c.dataset_name == "SpuriousMNIST" and c.use_dfr,
-        "only for SpuriousMNIST with use_dfr",
-        ["dfr_spurious_features"],
     ),
     (lambda c: c.dataset_name != "SpuriousMNIST", "digits are grey", ["use_grayscale"]),
     (
@@ -476,7 +472,7 @@ EFFECT = [
         ["num_val_samples"],
     ),
     (
-        lambda c: c.dataset_name != "WaterBirds",
+        lambda c: c.dataset_name not in ("WaterBirds", "CelebA"),
         "the data set comes with its groups",
         _moments_keys("train") + _moments_keys("test"),
     ),
@@ -531,6 +527,11 @@ EFFECT = [
         lambda c: c.debias_method == "JTT" and c.jtt_error_set is None,
         "only for JTT without jtt_error_set",
         ["jtt_epochs", "jtt_learning_rate", "jtt_weight_decay"],
+    ),
+    (
+        lambda c: getattr(c, _validation_key(c.dataset_name)) != 0,
+        "without validation data",
+        ["best_epoch_by"],
     ),
     (lambda c: c.optimizer == "SGD", "only for SGD", ["momentum"]),
     (

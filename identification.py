@@ -82,7 +82,7 @@ def _losses(path: Path, splits: Splits, config: Config) -> list[float] | None:
     try:
         about = json.loads(path.with_name(ABOUT).read_text(encoding="utf-8"))
         found = [float(about["val_losses"][task.name]) for task in splits.tasks]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"jtt_join: task needs the validation losses in {path.with_name(ABOUT)} ({error}); "
             "allowed without them: xor, inv"
@@ -193,6 +193,6 @@ def read(path, splits: Splits, digest: str) -> torch.Tensor:
                 wrong[index, t] = True
     except OSError as error:
         raise UserError(f"jtt_error_set: {path} cannot be read, {error.strerror}") from None
-    except (ValueError, IndexError, KeyError, TypeError, csv.Error) as error:
+    except (ValueError, IndexError, KeyError, TypeError, RecursionError, csv.Error) as error:
         raise UserError(f"jtt_error_set: {path} is not usable ({error})") from None
     return wrong

@@ -461,11 +461,13 @@ def resume(resumption: Resumption, device: str, command: list[str]) -> Run:
     try:
         if _state(folder) != seen:
             raise UserError(f"{folder}: another process has just gone on with this run")
-        for place in (folder, folder / "checkpoints", folder / "plots"):
+        first = folder / "identification"  # of JTT
+        places = (folder, folder / "plots", folder / "checkpoints", first, first / "checkpoints")
+        for place in places:
             files.remove_temporaries(place)
-        timings = folder / "timings.csv"
-        if timings.exists():
-            files.cut_torn_line(timings)
+        for timings in (folder / "timings.csv", first / "timings.csv"):
+            if timings.exists():
+                files.cut_torn_line(timings)
         # Before anything changes: from here on the run is not done, whatever happens.
         run.summary = {} if phase == PHASES[0] else run.summary
         run.enter(phase)

@@ -77,12 +77,13 @@ def has_batch_norm(model) -> bool:
 
 
 def minibatch_epoch(
-    model, optimizer, split: Split, loss, batch_size: int, seed: int, method=None, first=0,
+    model, optimizer, split: Split, loss, batch_size: int | None, seed: int, method=None, first=0,
     after_step=None,
 ) -> None:  # fmt: skip
     """One epoch in random batches of the split; every step follows the method's batch loss.
 
-    method: None for ERM, one pass and the batch's mean loss; first: steps to leave out;
+    batch_size: None = all that the method takes in an epoch at once; method: None for ERM, one
+    pass and the batch's mean loss; first: steps to leave out;
     after_step(i): called after the i-th step, as a part of it. Of several processes each takes its
     part of a batch.
     """
@@ -92,7 +93,7 @@ def minibatch_epoch(
         order = torch.randperm(len(split), generator=generator)
     else:
         order = method.order(generator)
-    whole = list(order.to(split.y.device).split(batch_size))
+    whole = list(order.to(split.y.device).split(batch_size or len(order)))
     if len(whole) > 1 and len(whole[-1]) == 1 and has_batch_norm(model):
         whole[-2:] = [torch.cat(whole[-2:])]  # a single sample has no variance
     parts = (batch[distributed.rank() :: distributed.world()] for batch in whole)
@@ -163,6 +164,12 @@ class _Training:
                 f"early_stopping_patience: given {config.early_stopping_patience}, but there are "
                 "no validation data; raise num_val_samples, or take null"
             )
+        if config.best_epoch_by == "minority_acc" and splits.val and not has_minority(splits):
+            raise DataError(
+                "best_epoch_by: given minority_acc, but the validation data hold no sample of a "
+                "minority group (of every task, if there are several); raise num_val_samples, or "
+                "take worst_acc or avg_acc"
+            )
         self.lowest = (math.inf, 0)  # validation loss so far, and its epoch
         self.best: dict = {}  # epoch, score and summaries of the best epoch on validation data
         self.epoch = -1  # the last one that is recorded
@@ -223,9 +230,9 @@ class _Training:
         if not self.full_batch:
             self.method.start_epoch(epoch, self.step)
             seed = derive_seed(config.seed, "batches", epoch)
-            size = config.train_batch_size or len(source)
             minibatch_epoch(
-                self.model, self.optimizer, source, self.loss, size, seed, self.method,
+                self.model, self.optimizer, source, self.loss, config.train_batch_size, seed,
+                self.method,
                 first=self.step, after_step=partial(setattr, self, "step"),
             )  # fmt: skip
         elif self.step == 0:
@@ -436,8 +443,15 @@ def selection_metric(splits: Splits, config: Config) -> str:
     """
     if config.best_epoch_by:
         return config.best_epoch_by
-    few = len(splits.cells) <= 4 or not splits.val.in_minority.any()
+    few = len(splits.cells) <= 4 or not has_minority(splits)
     return "worst_acc" if few else "minority_acc"
+
+
+def has_minority(splits: Splits) -> bool:
+    """Whether validation data have samples that go against the shortcut, of every task."""
+    val, tasks = splits.val, splits.tasks
+    parts = [val.of_task(t, task)[1] for t, task in enumerate(tasks)] if len(tasks) > 1 else [val]
+    return all(part.in_minority.any() for part in parts)
 
 
 class _Progress:

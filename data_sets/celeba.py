@@ -99,14 +99,16 @@ def _drawn(group: np.ndarray, pool: dict, names: list[str], config: Config) -> d
         n: [rng.permutation(rows[group[rows] == g]) for g in range(4)] for n, rows in pool.items()
     }
     most, s = config.celeba_majority_samples, config.spurious_strength
-    few = round(most * (1 - s) / s)
+    # Smaller strengths ask for more faces than there are, too.
+    few = round(most * (1 - s) / max(s, 1e-9))
     wanted = {
         "target": ("train", "val_target_size", [config.val_target_size // 8] * 4),
         "train": ("train", "celeba_majority_samples", [most, few, few, most]),
     }
     for name in ("val", "test"):
         n, smallest = getattr(config, f"num_{name}_samples"), min(map(len, left[name]))
-        counts = [smallest] * 4 if n is None else groups.split_counts(n, [1 / 4] * 4)
+        # At least one of each, so that a group without any is told.
+        counts = [max(smallest, 1)] * 4 if n is None else groups.split_counts(n, [1 / 4] * 4)
         wanted[name] = (name, f"num_{name}_samples", counts)
     drawn, problems = {}, []
     for name, (origin, key, counts) in wanted.items():

@@ -7,6 +7,7 @@ variable a task (Boyd & Vandenberghe, "Convex Optimization", 2004, section 5.1.6
 """
 
 import numpy as np
+from scipy import sparse
 from scipy.optimize import linprog
 
 from errors import DataError
@@ -41,12 +42,13 @@ def _usable(patterns: np.ndarray) -> np.ndarray:
     feasible q are feasible, so every pattern that can be used has s = 1.
     """
     size, tasks = patterns.shape
-    zero = np.zeros((tasks, size))
+    one = sparse.identity(size, format="csr")  # there can be as many patterns as samples
+    balance = sparse.hstack([sparse.csr_array(patterns.T), sparse.csr_array((tasks, size))])
     found = linprog(
         np.concatenate([np.zeros(size), -np.ones(size)]),  # variables: q, then s
-        A_ub=np.hstack([-np.eye(size), np.eye(size)]),
+        A_ub=sparse.hstack([-one, one]),
         b_ub=np.zeros(size),
-        A_eq=np.hstack([patterns.T, zero]),
+        A_eq=balance,
         b_eq=np.zeros(tasks),
         bounds=[(0, None)] * size + [(0, 1)] * size,
         method="highs",

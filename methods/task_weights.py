@@ -9,10 +9,10 @@ of δ_t/100. None of them carries a gradient.
 
 import math
 
-import shortcuts
 import torch
 
 import distributed
+import shortcuts
 
 
 class TaskWeights:
@@ -36,11 +36,9 @@ class TaskWeights:
             *sums, size = distributed.total(sums).tolist()
             means = [value / size for value in sums]
             self.first = means if self.first is None else self.first
-            alpha = self.config.lbtw_alpha
+            now, then = (torch.tensor(x, dtype=torch.float64) for x in (means, self.first))
             # A task without any loss at first has none to be balanced.
-            weights = [
-                (now / then) ** alpha if then else 1.0 for now, then in zip(means, self.first)
-            ]
+            weights = torch.where(then > 0, (now / then) ** self.config.lbtw_alpha, 1.0).tolist()
         return losses @ losses.new_tensor(weights)
 
     def start_epoch(self, first: int) -> None:

@@ -152,10 +152,11 @@ def _lists(place, attributes: str, partition: str):
     where = f"{place.path}/{partition}"
     parts.columns = ["partition"]
     if list(rows.index) != list(parts.index):
-        parts = parts.reindex(rows.index)
         raise_problems(
-            [f"{where}: no row of {name}" for name in parts.index[parts.isna().any(axis=1)]]
+            [f"{where}: no row of {name}" for name in rows.index[~rows.index.isin(parts.index)]]
+            + [f"{names}: no row of {name}" for name in parts.index[~parts.index.isin(rows.index)]]
         )
+        parts = parts.loc[rows.index]
     _check_values(rows, names, (-1, 1))
     _check_values(parts, where, (TRAIN, VAL, TEST))
     values = rows.to_numpy().astype(np.int8)
@@ -172,19 +173,25 @@ def _table(place, name: str, columns: int | None = None):
     where = f"{place.path}/{name}"
     try:
         data = place.read(name)
-        names, options = None, {"sep": r"\s+", "header": None}
+        names, length, sep = None, None, r"\s+"
         if name.endswith(".csv"):
             header, _, data = data.partition(b"\n")
-            names, options = header.decode("utf-8-sig").strip().split(","), {"header": None}
+            names, sep = header.decode("utf-8-sig").strip().split(","), ","
         elif columns is None:
             length, _, data = data.partition(b"\n")
-            int(length)  # else the header would be taken for it
+            length = int(length)  # else the header would be taken for it
             header, _, data = data.partition(b"\n")
             names = ["image_id", *header.decode().split()]
         if names and len(set(names)) < len(names):
             raise ValueError("an attribute is there twice")
-        options["names"] = names
-        table = pandas.read_csv(io.BytesIO(data), nrows=MAX_ROWS + 1, index_col=False, **options)
+        table = pandas.read_csv(
+            io.BytesIO(data), nrows=MAX_ROWS + 1, header=None, sep=sep, low_memory=False
+        )
+        if names and len(names) != table.shape[1]:
+            raise ValueError(f"{table.shape[1]} values a row, {len(names)} names of columns")
+        if length not in (None, len(table)):
+            raise ValueError(f"{len(table)} rows, {length} by its first line; is it cut off?")
+        table.columns = names or table.columns
         table = table.set_index(table.columns[0])
     except Damaged as error:
         raise DataError(f"{where}: {error}; download it again") from None
@@ -203,7 +210,11 @@ def _table(place, name: str, columns: int | None = None):
 
 
 def _check_values(table, where: str, allowed) -> None:
-    wrong = np.argwhere(~table.isin(allowed).to_numpy())
+    import pandas
+
+    # One text makes texts of all values of its column.
+    numbers = table.apply(pandas.to_numeric, errors="coerce")
+    wrong = np.argwhere(~numbers.isin(allowed).to_numpy())
     shown = ", ".join(map(str, allowed))
     raise_problems(
         [

@@ -267,6 +267,34 @@ def test_drawn_splits_have_the_published_counts(faces):
     assert f"but {there} are left in their official split" in text
 
 
+def test_groups_that_are_missing_in_drawn_splits_are_named(tmp_path):
+    celeba_standin.write(tmp_path, 40, NAMES, PLANTED)
+    path = tmp_path / "celeba" / "list_attr_celeba.txt"
+    lines = path.read_text().splitlines()
+    lines[2:] = [
+        f"{line[:10]} {'1 -1' if i % 2 else '-1 1'} 1 1" for i, line in enumerate(lines[2:])
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    drawn = {"celeba_splits": "drawn", "val_target_size": 0, "celeba_majority_samples": 1}
+    with pytest.raises(DataError) as error:
+        load(tmp_path, **drawn, spurious_strength=1.0)
+    text = str(error.value)
+    assert "num_test_samples: 1 faces of (Blond_Hair, Male) are needed for test, but 0 are" in text
+    assert "num_val_samples: 1 faces of (not Blond_Hair, not Male) are needed for val" in text
+    with pytest.raises(DataError, match="or raise spurious_strength"):
+        load(tmp_path, **drawn, spurious_strength=1e-320)
+
+
+def test_keys_of_other_data_sets_have_no_effect(faces):
+    given = {"mnist_source": "full", "train_correlation": 0.5, "num_val_samples": 0}
+    config = configuration.validate(keys(faces[0], best_epoch_by="avg_acc") | given)
+    assert [line for line in config.ignored if "dfr" not in line] == [
+        "mnist_source (only for data sets of digits)",
+        "train_correlation (the data set comes with its groups)",
+        "best_epoch_by (without validation data)",
+    ]
+
+
 def test_misspelt_attributes_are_named_with_the_nearest(faces, capsys, tmp_path):
     code = main.main(
         [
@@ -343,6 +371,8 @@ def test_missing_and_broken_faces(changed):
         ),
         ("list_eval_partition.txt", "000005.jpg 0\n", "", "no row of 000005.jpg"),
         ("list_eval_partition.txt", " 0\n", " 0 1\n", "2 values a row instead of 1"),
+        ("list_attr_celeba.txt", f"{N}\n", f"{N + 1}\n", f"{N} rows, {N + 1} by its first line"),
+        ("list_attr_celeba.txt", "Smiling Young", "Smiling", "5 values a row, 4 names of columns"),
     ],
     ids=str,
 )
@@ -357,13 +387,26 @@ def test_damaged_lists_are_named(changed, file, old, new, message):
     assert file in str(error.value) and message in str(error.value)
 
 
-def test_a_value_that_is_no_attribute_is_named(changed):
+@pytest.mark.parametrize("value", ["0", "x"])
+def test_a_value_that_is_no_attribute_is_named(changed, value):
     path = changed / "list_attr_celeba.txt"
     lines = path.read_text().splitlines()
-    lines[4] = "000003.jpg  1  0 -1  1"
+    lines[4] = f"000003.jpg  1  {value} -1  1"
     path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(DataError, match=r"txt, 000003.jpg: Male is .*0.*; allowed: -1, 1"):
+    with pytest.raises(DataError) as error:
         load(changed.parent)
+    (line,) = error.value.problems
+    assert line.endswith(f"txt, 000003.jpg: Male is '{value}'; allowed: -1, 1")
+
+
+def test_a_list_without_its_last_lines_is_not_taken_for_all_of_them(tmp_path):
+    celeba_standin.write(tmp_path, 20, NAMES, PLANTED, kaggle=True)
+    home = tmp_path / "celeba"
+    shutil.unpack_archive(home / "archive.zip", home)
+    path = home / "list_attr_celeba.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(DataError, match=r"list_attr_celeba.csv: no row of 000020.jpg$"):
+        load(tmp_path)
 
 
 @pytest.fixture

@@ -223,6 +223,10 @@ def test_an_error_set_is_used_again_only_on_its_training_split(tmp_path, monkeyp
     other = make_splits(train=(20, 5, 4, 22), seed=1)
     with pytest.raises(UserError, match="of another training split"):
         again("other", other)
+    for about in ("[" * 100_000, "[]", "{}", "x"):
+        path.with_name("jtt_error_set.json").write_text(about)
+        with pytest.raises(UserError, match=r"jtt_error_set.csv is not usable"):
+            again(f"about {about[:3]}")
     path.with_name("jtt_error_set.json").unlink()
     text = path.read_text()
     for row, reason in (
@@ -282,6 +286,14 @@ def test_every_method_on_digits(go, name, size):
     assert (folder / "jtt_error_set.csv").exists() == (name == "JTT")
 
 
+def test_a_full_batch_of_jtt_is_all_that_an_epoch_takes(go, monkeypatch):
+    steps, step = [], torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda *given: steps.append(step(*given)))
+    code, folder = go("run", debias_method="JTT", train_batch_size="null", jtt_epochs=3)
+    assert code == 0 and (folder / "jtt_error_set.csv").read_text().count("\n") > 1
+    assert len(steps) == 3 + 2
+
+
 @pytest.mark.parametrize("step", [6, 13, 17], ids=["identification", "its last", "training"])
 def test_both_stages_of_jtt_resume(go, monkeypatch, step):
     """Stopped after any step, and gone on with: the same bytes. 8 steps an epoch of stage one."""
@@ -291,7 +303,15 @@ def test_both_stages_of_jtt_resume(go, monkeypatch, step):
         at_call(patch, torch.optim.SGD, "step", step, sent(signal.SIGTERM))
         code, folder = go("run", debias_method="JTT", jtt_epochs=2, jtt_lambda_up=2)
     assert code == 143
+    first = folder / "identification"
+    left = first / "checkpoints" / ".epoch-x1.pt"  # what SIGKILL leaves, as is half a line
+    left.touch()
+    with open(first / "timings.csv", "a") as file:
+        file.write("trai")
     assert main.main(["--resume", str(folder)]) == 0
+    assert not left.exists()
+    lines = (first / "timings.csv").read_text().splitlines()
+    assert {line.count(",") for line in lines} == {2} and not any("trait" in x for x in lines)
     history = "training_history.csv"
     for name in (history, "jtt_error_set.csv", f"identification/{history}"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name

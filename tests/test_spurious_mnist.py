@@ -420,6 +420,9 @@ def test_keys_without_effect():
     given = {"labels": [1, 2], "only_spurious": True, "dfr_reuse_train": True}
     (line,) = validate(given).ignored
     assert line == "labels, only_spurious, dfr_reuse_train (only for SpuriousMNIST)"
+    # Also without DFR its shortcuts have groups, and retraining takes them later.
+    given = {"dataset_name": "SpuriousMNIST", "loss_function": "cross_entropy", "use_dfr": False}
+    assert not validate(NO_ANALYSES | given | {"dfr_spurious_features": {}}).ignored
     given = NO_ANALYSES | {"dataset_name": "SpuriousMNIST", "loss_function": "cross_entropy"}
     given |= {"dfr_reuse_train": True, "dfr_val_ratio": 0.0, "use_grayscale": True}
     assert validate(given | {"train_correlation": 0.5}).ignored == (

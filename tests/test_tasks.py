@@ -1,6 +1,7 @@
 """Several tasks on one network: weights of tasks and samples, metrics, JTT's joins, end to end."""
 
 import dataclasses
+import itertools
 import json
 import math
 import signal
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import FakeRun, in_float64, make_splits
+from conftest import FakeRun, in_float64, limited, make_splits
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -88,6 +89,27 @@ def test_loss_balanced_weights_by_hand():
     assert torch.equal(again.tasks.combine(now), method.tasks.combine(now))
     again.start_epoch(2, 0)  # a new epoch has its own first batch
     assert torch.equal(again.tasks.combine(now), now.sum(1))
+
+
+def test_a_loss_balanced_weight_that_is_too_large_is_infinite():
+    """So that training ends as one that diverges."""
+    tasks = build(two_tasks(), loss_balanced_task_weighting=True, lbtw_alpha=100.0).tasks
+    tasks.combine(torch.ones(3, 2))
+    found = tasks.combine(torch.tensor([[1e4, 1.0]]))
+    assert found.item() == math.inf
+
+
+def test_the_minority_of_every_task_tells_the_best_epoch(fake_run):
+    splits = two_tasks()
+    assert trainer.has_minority(splits)
+    _, second = splits.val.of_task(1, splits.tasks[1])
+    assert second.in_minority.any()
+    splits.tasks[1] = dataclasses.replace(splits.tasks[1], minority=(False,) * 4)
+    assert not trainer.has_minority(splits)
+    config = configuration.validate({"best_epoch_by": "minority_acc", "hidden_dim": 4})
+    network = model.build(config, (5,), 2).double()
+    with pytest.raises(DataError, match="best_epoch_by: given minority_acc, but the validation"):
+        trainer.train(network, splits, config, fake_run)
 
 
 def test_loss_balanced_weights_carry_no_gradient():
@@ -223,6 +245,15 @@ def test_patterns_that_no_weights_can_use_get_none():
     weights = entropy.pattern_weights(patterns, counts, ["a", "b"])
     assert weights == pytest.approx([0.1, 0, 0.25])
     assert weights[1] == 0
+
+
+def test_many_patterns_take_little_memory():
+    """All patterns of 12 tasks: independent, so each has the same share."""
+    patterns = np.array(list(itertools.product((-1, 1), repeat=12)))
+    counts = np.where(patterns[:, 0] > 0, 3, 1)
+    with limited(seconds=20, memory=250 * 2**20):
+        weights = entropy.pattern_weights(patterns, counts, [f"t{t}" for t in range(12)])
+    assert weights == pytest.approx(1 / (4096 * counts))
 
 
 @pytest.mark.parametrize(
