@@ -9,10 +9,10 @@ of δ_t/100. None of them carries a gradient.
 
 import math
 
-import shortcuts
 import torch
 
 import distributed
+import shortcuts
 
 
 class TaskWeights:
