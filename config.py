@@ -772,7 +772,7 @@ def load_config(path, overrides=()) -> Config:
 
     Raises `ConfigError` with one line a problem: key, what was given, what is allowed.
     """
-    document = strict_yaml.read(path)
+    document = strict_yaml.read(path, hint="give another one with --config FILE")
     return validate(document, apply_overrides(document, overrides))
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from sklearn.preprocessing import StandardScaler
 
+import config_checks
 import files
 import last_layer
 import logistic
@@ -460,6 +461,9 @@ def retrain_run(folder: Path, overrides=()) -> Path:
     import tracking
 
     config = _run_config(folder, overrides)
+    idle = config_checks.without_effect(config, _names(overrides))
+    if idle:
+        log.info("Given, but without effect here: %s", "; ".join(idle))
     network, splits = load_network(folder, config)
     check(splits, config.dfr_solver)
     head, results = retrain(network, splits, config)
@@ -477,6 +481,8 @@ def compare_solvers(folder: Path, overrides=()) -> Path:
     """
     import tracking
 
+    if "dfr_solver" in _names(overrides):
+        raise ConfigError(f"dfr_solver: given with --compare, which takes {', '.join(SOLVERS)}")
     configs = {
         solver: _run_config(folder, [*overrides, f"dfr_solver={solver}"]) for solver in SOLVERS
     }
@@ -506,13 +512,17 @@ def _run_config(folder: Path, overrides) -> Config:
         raise ConfigError(f"--run: given {folder}, but there is no {used}")
     wrong = [
         given for given in overrides
-        if not given.startswith("dfr_") or given.partition("=")[0] in SPLITTING
+        if not given.startswith("dfr_") or given.partition("=")[0].partition(".")[0] in SPLITTING
     ]  # fmt: skip
     if wrong:
         raise ConfigError(
             *(f"{given}: allowed: keys of DFR, but not {', '.join(SPLITTING)}" for given in wrong)
         )
     return configuration.load_config(used, [*overrides, "use_dfr=true"])
+
+
+def _names(overrides) -> list[str]:
+    return [given.partition("=")[0].strip() for given in overrides]
 
 
 def load_network(folder: Path, config: Config):

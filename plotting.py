@@ -676,7 +676,9 @@ def read_pictures(path: Path) -> dict[str, np.ndarray]:
 
 
 def show_picture(ax, picture: np.ndarray) -> None:
-    """A picture (H, W, 1 or 3) with values in [0, 1], without axes."""
+    """A picture (H, W, 1 or 3) with values in [0, 1], in a thin frame without ticks."""
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set(visible=True, color=GREY, linewidth=0.5)  # white shortcuts, white page
     picture = np.clip(np.nan_to_num(picture.astype(float)), 0, 1)
     picture = picture[..., 0] if picture.shape[-1] == 1 else picture
     ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -705,13 +707,14 @@ def samples(run: Run) -> Figure | None:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(shown), width, squeeze=False)
     for row, g in zip(axes, shown, strict=True):
-        for ax in row:
-            ax.set_axis_off()
-        for ax, picture in zip(row, pictures[members == g], strict=False):
+        own = pictures[members == g]
+        for ax, picture in zip(row, own, strict=False):
             show_picture(ax, picture)
-        # Hidden axes have no label: text beside the first picture stands in for it.
-        place = {"ha": "right", "va": "center", "transform": row[0].transAxes}
-        row[0].text(-0.12, 0.5, labels[g].replace(", ", ",\n"), **place)
+        for ax in row[len(own) :]:
+            ax.set_axis_off()
+        row[0].set_ylabel(
+            labels[g].replace(", ", ",\n"), rotation=0, ha="right", va="center", labelpad=8
+        )
     figure.suptitle(title(run, "Samples"))
     return figure
 
@@ -745,9 +748,6 @@ def _gradcam_page(run: Run, pictures, heat: dict, group, page: list[int]) -> Fig
     for block, g in zip(blocks, page, strict=False):
         block.suptitle(run.labels[g], fontsize=9)
         axes = block.subplots(number, len(columns), squeeze=False)
-        for ax in axes.flat:
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set(visible=True, color=GREY, linewidth=0.5)  # white shortcuts, white page
         for ax, name in zip(axes[0], columns, strict=True):
             ax.set_title(name, fontsize=8)
         members = np.flatnonzero(group == g)

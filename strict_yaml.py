@@ -119,14 +119,17 @@ def _reason(error) -> str:
     return shorten(" ".join(str(error).split()), 200)
 
 
-def read(path) -> dict:
-    """The mapping in a YAML file; `ConfigError` names the file and the line."""
+def read(path, hint: str = "") -> dict:
+    """The mapping in a YAML file; `ConfigError` names the file and the line.
+
+    `hint` tells what to do where there is no such file.
+    """
     path = Path(path)
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)  # a device has no size, and no end
     except (OSError, ValueError) as error:
-        hint = "" if os.path.exists(path) else " (give another one with --config FILE)"
+        hint = f" ({hint})" if hint and not os.path.exists(path) else ""
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path}: cannot be read, {reason}{hint}") from None
     if len(data) > MAX_BYTES:

@@ -120,6 +120,9 @@ def _arguments(argv: list[str]):
         )
     if given.jobs is not None and given.jobs < 1:
         problems.append(f"--jobs: given {given.jobs}; allowed: a whole number from 1")
+    if not (given.file or given.resume):
+        idle = [n for n in ("cluster", "jobs", *plan.SLURM) if getattr(given, n) is not None]
+        problems += [f"--{n}: allowed: with a sweep file or --resume, which run jobs" for n in idle]
     given.slurm = {n: getattr(given, n) for n in plan.SLURM if getattr(given, n) is not None}
     plan.check_slurm(given.slurm, problems)
     if problems:

@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import time
-from operator import attrgetter
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,8 +78,11 @@ class TensorBoard(Tracker):
 
     def __init__(self, config: Config, folder: Path):
         self.run_folder, self.folder = folder, folder / "tensorboard"
-        keys = [name for name, _, _ in configuration.fields()]
-        self.hyperparameters = {name: _number_or_text(attrgetter(name)(config)) for name in keys}
+        settings = config.resolved()
+        self.hyperparameters = {
+            name: _number_or_text(reduce(getitem, name.split("."), settings))
+            for name, _, _ in configuration.fields()
+        }
         self.file = None
         self.folder.mkdir(exist_ok=True)
         files.remove_temporaries(self.folder)

@@ -452,7 +452,8 @@ def read_manifest(folder: Path) -> dict:
         known = manifest["jobs"], manifest["settings"], manifest["base_overrides"]
         whole = all(isinstance(part, list) for part in known)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not readable, so this is no sweep ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: not readable, so this is no sweep ({reason})") from None
     if not whole:
         raise UserError(f"{path}: not the manifest of a sweep")
     return manifest

@@ -304,3 +304,13 @@ def test_both_solvers_in_one_table(run_folder, capsys):
     )
     assert dfr.main(["--run", str(run_folder), "--compare", "dfr_target_layer=layer_0"]) == 2
     assert "dfr_target_layer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, code, expected", [
+    (["dfr_reg=l2"], 0, "Given, but without effect here: dfr_reg (only for dfr_solver: sklearn)"),
+    (["--compare", "dfr_solver=sgd"], 2, "dfr_solver: given with --compare, which takes sklearn"),
+    (["dfr_spurious_features.3.probability=1"], 2, "allowed: keys of DFR, but not"),
+])  # fmt: skip
+def test_settings_that_do_not_count(run_folder, capsys, arguments, code, expected):
+    assert dfr.main(["--run", str(run_folder), *arguments]) == code
+    assert expected in capsys.readouterr().err

@@ -416,7 +416,7 @@ def test_many_groups(tmp_path, monkeypatch):
 
 
 def beside_the_samples(run):
-    return [text.get_text() for ax in plotting.samples(run).axes for text in ax.texts]
+    return [ax.get_ylabel() for ax in plotting.samples(run).axes if ax.get_ylabel()]
 
 
 def test_further_evaluation_sets_beside_the_test_set(tmp_path):

@@ -312,9 +312,10 @@ def test_debug_prints_the_commands_and_writes_nothing(write, tmp_path, monkeypat
 
 @pytest.mark.parametrize("arguments, expected", [
     ([], "command line: allowed: one of a sweep file"),
-    (["--status", "nowhere"], "nowhere/manifest.json: not readable, so this is no sweep"),
+    (["--status", "nowhere"], "nowhere/manifest.json: not readable, so this is no sweep (No"),
     (["--resume", "nowhere", "--status", "nowhere"], "command line: allowed: one of"),
-    (["nowhere.yaml"], "nowhere.yaml: cannot be read"),
+    (["--collect", "nowhere", "--jobs", "3"], "--jobs: allowed: with a sweep file or --resume"),
+    (["nowhere.yaml"], "nowhere.yaml: cannot be read, No such file or directory\n"),
     (["nowhere.yaml", "--jobs", "0"], "--jobs: given 0"),
     (["nowhere.yaml", "--time", "0"], "slurm.time: given 0"),
 ])  # fmt: skip

@@ -248,6 +248,19 @@ def test_values_that_are_no_numbers(settings, tmp_path):
     assert found.Histograms("some")[0].histogram_value.num == 3
 
 
+def test_settings_that_are_mappings(settings, tmp_path):
+    shortcut = {"kind": "square", "position": "left_top", "size": 4}
+    config = settings(
+        tensorboard=True, dataset_name="SpuriousMNIST", loss_function="cross_entropy",
+        spurious_features={"3": {"main": shortcut}},
+        **{f"analyze_{name}": False for name in configuration.config_checks.ANALYSES},
+    )  # fmt: skip
+    trackers.start_tensorboard(config, tmp_path).finish({}, failed=False)
+    data = hyperparameters(events(tmp_path))["_hparams_/session_start_info"]
+    shown = data.session_start_info.hparams["spurious_features"].string_value
+    assert json.loads(shown)["3"]["main"] == shortcut
+
+
 def test_a_full_disk_gives_one_warning_and_the_run_goes_on(go, monkeypatch):
     real, calls = files.Growing.append, []
 
