@@ -539,7 +539,7 @@ def table(folder: Path, manifest: dict, found: list[State], rows: int | None = N
         if state.error:
             lines.append(f"     {state.error}")
         entries.append((state.state, lines))
-    head = [f"{folder.name}: {counts(found)}", "job  state         epoch worst  seed  setting"]
+    head = [folder.name, counts(found), "job  state         epoch worst  seed  setting"]
     lines = [line for _, lines in entries for line in lines]
     if rows is not None and len(head) + len(lines) > rows:
         order = ("failed", "running", "missing", "waiting", "done")
