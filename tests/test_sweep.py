@@ -469,7 +469,8 @@ def test_a_failing_job_does_not_stop_the_others(stand_in, write, tmp_path, capsy
     code, out, _ = run_sweep(capsys, "--status", folder)
     assert code == 1
     assert out == [
-        f"{folder.name}: 4 jobs: 2 done, 2 failed",
+        folder.name,
+        "4 jobs: 2 done, 2 failed",
         "job  state         epoch worst  seed  setting",
         "0000 done            3/3 0.030     0  learning_rate=0.1",
         "0001 failed          1/3 1.010     1  learning_rate=0.1",
