@@ -182,6 +182,10 @@ class _Training:
                 f"{path}: not readable ({error}); to start over, remove it"
             ) from None
         checkpoints.check_data(state, self.data, self.folder)
+        if len(state["blocks"]) != len(self.blocks):
+            raise checkpoints.Useless(
+                f"{path}: of another kind of device; go on there, or remove it to start over"
+            )
         for mine, kept in (
             (self.blocks, state["blocks"]),
             (self.optimizers, state["optimizers"]),
