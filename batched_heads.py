@@ -27,7 +27,8 @@ from strict_yaml import show
 log = logging.getLogger(f"spurious.{__name__}")
 
 FILE = "heads.pt"
-STATE = {"epoch", "step", "model", "optimizer", "data"}
+STATE = {"epoch", "step", "blocks", "optimizers", "data"}
+BLOCK_BYTES = 2**24  # of weights of heads at once on a CPU: more leave its caches, and are slower
 
 
 class Heads(nn.Module):
@@ -76,8 +77,10 @@ def train(
     folder: Path,
     data: str,
     names: list[str],
-) -> Heads:
+) -> list[Heads]:
     """Trained heads for K tasks on the features (N, d); goes on from `heads.pt`, if it is there.
+
+    Blocks of them, in the order of the tasks.
 
     labels: (N, K) of -1 and +1; orders: (K, N), where in `features` the samples are that a task's
     own run would store, in its order; data: a fingerprint of all this; names: of the tasks. Raises
@@ -88,15 +91,19 @@ def train(
 
 class _Training:
     def __init__(self, features, labels, orders, config, folder, data, names):
-        _check_memory(config, features.shape[1], *orders.shape)
+        size = _at_once(config, features.shape[1], len(orders), features.device)
+        _check_memory(config, features.shape[1], *orders.shape, size)
         self.features, self.labels, self.orders = features, labels, orders
         self.config, self.folder, self.data, self.names = config, folder, data, names
-        self.heads = Heads(config, features.shape[1], len(orders)).to(features.device)
-        self.optimizer = trainer.build_optimizer(self.heads.mlp, config)
+        self.parts = torch.arange(len(orders)).split(size)
+        self.blocks = [
+            Heads(config, features.shape[1], len(part)).to(features.device) for part in self.parts
+        ]
+        self.optimizers = [trainer.build_optimizer(heads.mlp, config) for heads in self.blocks]
         self.loss = metrics.LOSSES[config.loss_function]
         self.epoch = self.step = 0  # the last whole one, and steps done since then
 
-    def all_epochs(self) -> Heads:
+    def all_epochs(self) -> list[Heads]:
         self.restore()
         every = self.config.checkpoint_every
         try:
@@ -117,44 +124,49 @@ class _Training:
             if not stop.torn:  # else the state is neither the last step's nor the next one's
                 self.checkpoint()
             raise
-        return self.heads
+        return self.blocks
 
     def train_epoch(self, epoch: int) -> torch.Tensor:
         """Every head's steps of an epoch that are left; their mean loss (K,) each."""
-        config, heads = self.config, torch.arange(len(self.orders))[:, None]
-        for group in self.optimizer.param_groups:
+        config = self.config
+        for group in (group for one in self.optimizers for group in one.param_groups):
             group["lr"] = group["initial_lr"] * trainer.learning_rate_factor(config, epoch)
         generator = torch.Generator().manual_seed(derive_seed(config.seed, "batches", epoch))
         order = torch.randperm(self.orders.shape[1], generator=generator)
         batches = list(enumerate(order.split(config.train_batch_size), 1))[self.step :]
         total = torch.zeros(len(self.orders), device=self.features.device)
         for i, places in batches:
-            rows = self.orders[:, places]
             with whole_step():
-                self.optimizer.zero_grad()
-                f = self.heads(self.features[rows])
-                losses = self.loss.value(f, self.labels[rows, heads]).mean(1)
-                losses.sum().backward()  # the heads share nothing: each gets its own gradient
-                self.optimizer.step()
+                for heads, optimizer, tasks in zip(self.blocks, self.optimizers, self.parts):
+                    total[tasks] += self.train_step(heads, optimizer, tasks, places)
                 self.step = i
-            total += losses.detach()
         return (total / max(1, len(batches))).cpu()
 
+    def train_step(self, heads, optimizer, tasks, places) -> torch.Tensor:
+        """A step of the heads of these tasks; their losses."""
+        rows = self.orders[tasks][:, places]
+        optimizer.zero_grad()
+        losses = self.loss.value(heads(self.features[rows]), self.labels[rows, tasks[:, None]])
+        losses = losses.mean(1)
+        losses.sum().backward()  # the heads share nothing: each gets its own gradient
+        optimizer.step()
+        return losses.detach()
+
     def check_finite(self) -> None:
-        for head, name in enumerate(self.names):
-            if not all(p[head].isfinite().all() for p in self.heads.parameters()):
-                rate = self.config.learning_rate
-                raise trainer.Diverged(
-                    f"learning_rate: the network for {name} is not finite at epoch {self.epoch} "
-                    f"with learning rate {rate:g}; lower it"
-                )
+        for heads, tasks in zip(self.blocks, self.parts):
+            for head, task in enumerate(tasks.tolist()):
+                if not all(p[head].isfinite().all() for p in heads.parameters()):
+                    raise trainer.Diverged(
+                        f"learning_rate: the network for {self.names[task]} is not finite at epoch "
+                        f"{self.epoch} with learning rate {self.config.learning_rate:g}; lower it"
+                    )
 
     def checkpoint(self) -> None:
         state = {
             "epoch": self.epoch,
             "step": self.step,
-            "model": self.heads.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "blocks": [heads.state_dict() for heads in self.blocks],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "data": self.data,
         }
         files.save(self.folder / FILE, partial(torch.save, state))
@@ -170,18 +182,39 @@ class _Training:
                 f"{path}: not readable ({error}); to start over, remove it"
             ) from None
         checkpoints.check_data(state, self.data, self.folder)
-        self.heads.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if len(state["blocks"]) != len(self.blocks):
+            raise checkpoints.Useless(
+                f"{path}: of another kind of device; go on there, or remove it to start over"
+            )
+        for mine, kept in (
+            (self.blocks, state["blocks"]),
+            (self.optimizers, state["optimizers"]),
+        ):
+            for one, values in zip(mine, kept, strict=True):
+                one.load_state_dict(values)
         self.epoch, self.step = state["epoch"], state["step"]
         log.info("Going on from epoch %d%s", self.epoch, f", step {self.step}" * bool(self.step))
 
 
-def _check_memory(config: Config, inputs: int, count: int, samples: int) -> None:
-    """Raises `ConfigError` if the heads and a batch of each do not fit into the memory."""
+def _weights(config: Config, inputs: int) -> int:
+    """Weights of one head."""
+    width = config.hidden_dim
+    return width * (inputs + (config.num_hidden_layers - 1) * width + 1)
+
+
+def _at_once(config: Config, inputs: int, count: int, device: torch.device) -> int:
+    """How many of the heads are one block: all of them but on a CPU."""
+    if device.type != "cpu":
+        return count
+    return min(count, max(1, BLOCK_BYTES // (4 * _weights(config, inputs))))
+
+
+def _check_memory(config: Config, inputs: int, count: int, samples: int, at_once: int) -> None:
+    """Raises `ConfigError` if the heads and a batch of each in a block do not fit the memory."""
     width, depth, there = config.hidden_dim, config.num_hidden_layers, memory.available()
-    weights = width * (inputs + (depth - 1) * width + 1)
+    kept = memory.training_bytes(_weights(config, inputs), config.optimizer, config.momentum)
     batch = 4 * min(config.train_batch_size, samples) * (inputs + 3 * depth * width)
-    needed = count * (memory.training_bytes(weights, config.optimizer, config.momentum) + batch)
+    needed = count * kept + at_once * batch
     if config.device != "cuda" and there and needed > there:
         raise ConfigError(
             f"hidden_dim, num_hidden_layers, train_batch_size: given {width}, {depth}, "
@@ -191,10 +224,11 @@ def _check_memory(config: Config, inputs: int, count: int, samples: int) -> None
 
 
 @torch.no_grad()
-def right(heads: Heads, features: torch.Tensor, labels: torch.Tensor, batch_size: int):
+def right(blocks, features: torch.Tensor, labels: torch.Tensor, batch_size: int) -> torch.Tensor:
     """(N, K) bool, which heads are right about which samples: one pass over the features (N, d).
 
-    labels: (N, K) of -1 and +1.
+    blocks: what `train` gave; labels: (N, K) of -1 and +1.
     """
-    f = torch.cat([heads(x) for x in features.split(batch_size)], dim=1)
+    batches = features.split(batch_size)
+    f = torch.cat([torch.cat([heads(x) for heads in blocks]) for x in batches], dim=1)
     return metrics.correct(f.flatten(), labels.T.flatten()).view(f.shape).T

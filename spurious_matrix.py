@@ -266,7 +266,7 @@ def _train_heads(config: Config, names: list[str], device: str, folder: Path, gi
     data = hashlib.sha256(splits.fingerprint().encode())
     for values in attributes.values():
         data.update(np.ascontiguousarray(values))
-    heads = batched_heads.train(
+    blocks = batched_heads.train(
         splits.train.inputs.to(device),
         labels["train"],
         torch.from_numpy(storage_orders(pictures["train"].rows, attributes["train"])),
@@ -276,7 +276,7 @@ def _train_heads(config: Config, names: list[str], device: str, folder: Path, gi
         names,
     )
     right = batched_heads.right(
-        heads, splits.val.inputs.to(device), labels["val"], config.eval_batch_size
+        blocks, splits.val.inputs.to(device), labels["val"], config.eval_batch_size
     )
     right = right.cpu().numpy()
     return _stacked(
