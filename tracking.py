@@ -277,6 +277,11 @@ class Run(Tables):
             test["avg_acc"],
             test["adjusted_acc"],
         )
+        for name in test:
+            if name.endswith("_worst_acc"):  # of one of several tasks
+                task = name.removesuffix("_worst_acc")
+                accuracies = (test[name], test[f"{task}_avg_acc"])
+                log.info("  of %s%s: worst group %.3f, average %.3f", task, when, *accuracies)
         for name, summary in summaries.items():
             if name not in ("train", "val", "target", "test"):
                 accuracies = (summary["worst_acc"], summary["avg_acc"])

@@ -434,6 +434,7 @@ def test_what_several_tasks_cannot_have_is_refused(changes, message):
 def test_several_tasks_end_to_end(go, changes):  # noqa: F811
     code, folder = go("run", groupings=TWO, epochs=2, target_resolution=8, **changes)
     assert code == 0
+    log = (folder / "run.log").read_text()
     history = pd.read_csv(folder / "training_history.csv")
     for split in ("train", "val", "test"):
         for task in ("Blond_Hair", "Smiling"):
@@ -442,6 +443,9 @@ def test_several_tasks_end_to_end(go, changes):  # noqa: F811
         worst = history[[f"{split}_{task}_worst_acc" for task in ("Blond_Hair", "Smiling")]]
         assert (worst.min(axis=1) == history[f"{split}_worst_acc"]).all()
     summary = json.loads((folder / "status.json").read_text())["summary"]
+    for task in ("Blond_Hair", "Smiling"):
+        worst, average = (summary[f"test_{task}_{name}_acc"] for name in ("worst", "avg"))
+        assert f"  of {task}: worst group {worst:.3f}, average {average:.3f}" in log
     metric = changes.get("best_epoch_by", "worst_acc")
     best = history[f"val_{metric}"].idxmax()
     assert summary["best_epoch"] == best
