@@ -173,8 +173,10 @@ def _check_task_weights(c):
     weights, number = c["task_weights"], len(c["groupings"])
     if not _several_tasks(c):
         return
-    ones = not weights or all(w == 1 for w in weights)
-    if weights and (len(weights) != number or not (ones or abs(sum(weights) - 1) <= 1e-6)):
+    ones = weights is None or all(w == 1 for w in weights)
+    if weights is not None and (
+        len(weights) != number or not (ones or abs(sum(weights) - 1) <= 1e-6)
+    ):
         yield (
             f"task_weights: given {show(weights)}; allowed: null, or {number} weights, all 1 or "
             "adding up to 1"

@@ -60,7 +60,8 @@ def load(config: Config) -> Splits:
 def _task(source, text: str, train: np.ndarray, orient: bool) -> tuple[Task, np.ndarray]:
     """The task of a grouping `label:shortcut,…`, and the group (N,) of every face.
 
-    orient: turn the one shortcut round where it goes against the label: the minority is y ≠ a then.
+    orient: turn the one shortcut round where it goes against the label; the minority is y ≠ a then,
+    also where the two are independent.
     """
     label, _, rest = text.partition(":")
     shortcuts = rest.split(",")
@@ -84,7 +85,8 @@ def _task(source, text: str, train: np.ndarray, orient: bool) -> tuple[Task, np.
     ]
     cells = groups.GROUPS if k == 1 else groups.signed_cells(2**k)
     counts = np.bincount(group[train], minlength=len(cells)).tolist()
-    return Task(label, cells, group_names, groups.under_represented(counts, 2)), group
+    minority = None if orient else groups.under_represented(counts, 2)
+    return Task(label, cells, group_names, minority), group
 
 
 def _drawn(group: np.ndarray, pool: dict, names: list[str], config: Config) -> dict:

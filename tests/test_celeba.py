@@ -238,7 +238,7 @@ def test_drawn_splits_have_the_published_counts(faces):
     # a = +1 is "not blond", so that the minority is y ≠ a.
     assert splits.group_names[3] == "Male, not Blond_Hair"
     assert splits.group_names[0] == "not Male, Blond_Hair"
-    assert splits.train.minority == (False, True, True, False)
+    assert torch.equal(splits.train.in_minority, splits.train.y != splits.train.a)
     for name in ("train", "target", "val", "test"):
         split = splits.named()[name]
         rows = split.inputs.rows
@@ -283,6 +283,19 @@ def test_groups_that_are_missing_in_drawn_splits_are_named(tmp_path):
     assert "num_val_samples: 1 faces of (not Blond_Hair, not Male) are needed for val" in text
     with pytest.raises(DataError, match="or raise spurious_strength"):
         load(tmp_path, **drawn, spurious_strength=1e-320)
+
+
+def test_a_drawn_minority_against_an_independent_shortcut(tmp_path):
+    celeba_standin.write(tmp_path, 40, NAMES, PLANTED)
+    path = tmp_path / "celeba" / "list_attr_celeba.txt"
+    lines = path.read_text().splitlines()
+    cells = ["-1 -1", "-1 1", "1 -1", "1 1"]
+    lines[2:] = [f"{line[:10]} {cells[i % 4]} 1 1" for i, line in enumerate(lines[2:])]
+    path.write_text("\n".join(lines) + "\n")
+    keys = {"celeba_splits": "drawn", "celeba_majority_samples": 4, "val_target_size": 0}
+    train = load(tmp_path, spurious_strength=0.8, **keys).train
+    assert train.counts == [4, 1, 1, 4]
+    assert train.in_minority.tolist() == [False] * 4 + [True] * 2 + [False] * 4
 
 
 def test_keys_of_other_data_sets_have_no_effect(faces):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import make_split, make_splits
-from test_resume import assert_equal, at_call, go, sent  # noqa: F401, go is a fixture
+from test_resume import assert_equal, at_call, go, kept, sent  # noqa: F401, fixtures
 from test_trainer import run
 
 import trainer

@@ -396,6 +396,7 @@ def test_one_task_among_several_is_the_single_task_bit_for_bit(tmp_path):
         ({"analyze_jacobian_norm": True}, "allowed with several tasks: false"),
         ({"task_weights": [0.5, 0.4]}, "2 weights, all 1 or adding up to 1"),
         ({"task_weights": [1, 1, 1]}, "2 weights, all 1 or adding up to 1"),
+        ({"task_weights": []}, "2 weights, all 1 or adding up to 1"),
         ({"task_weights": [0.5, 0.5], "loss_balanced_task_weighting": True}, "all 1"),
         ({"task_weights": [0.5, 0.5], "task_weighting": "delta"}, "makes the weights"),
         ({"task_weighting": "delta", "num_val_samples": 0}, "needs validation data"),
