@@ -354,7 +354,8 @@ def test_bounds(path, name, kind, limit):
     number = plain(FIELDS[name].annotation)
     limit = number(limit)
     inside = [beyond(limit, kind, -1)]
-    outside = [beyond(limit, kind, 1), 10 * beyond(limit, kind, 1) if limit else -(10.0**9)]
+    far = 10.0**12 if kind[0] == "l" else -(10.0**12)
+    outside = [beyond(limit, kind, 1), far]
     (inside if kind in ("ge", "le") else outside).append(limit)
     for value in inside:
         assert alone(name, value) == value
@@ -399,6 +400,7 @@ def test_lists_have_an_end(path):
         most = [c.max_length for c in metadata(field) if getattr(c, "max_length", None)]
         if get_origin(plain(field.annotation)) is list:
             value = [[-1, -1], [1, 1]] if name.endswith("pairs") else 1
+            value = "A:B" if name == "groupings" else value
             assert alone(name, [value] * most[0]) == [value] * most[0]
             with pytest.raises(ValidationError):
                 alone(name, [value] * (most[0] + 1))

@@ -638,12 +638,12 @@ def test_the_table_fits_its_width_and_the_terminal(begin):
     folder, manifest = begin("none", {"seeds": 1, "grid": grid})
     found = [launch.State("done", 3, 0.5)] * 39 + [launch.State("failed", 2, None, "x" * 90)]
     lines = launch.table(folder, manifest, found)
-    assert len(lines) == 2 + 41
+    assert len(lines) == 3 + 41
     assert max(map(len, lines)) == 80
     assert lines[-1] == "     " + "x" * 72 + "..."
     short = launch.table(folder, manifest, found, rows=10)
     assert len(short) == 10
-    assert short[2].startswith("0039 failed          2/3           0  data_dir=long")
+    assert short[3].startswith("0039 failed          2/3           0  data_dir=long")
     assert short[-1] == "…"
 
 
