@@ -317,3 +317,18 @@ def test_both_stages_of_jtt_resume(go, monkeypatch, step):
         assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
     ours, theirs = (torch.load(f / "model.pt", weights_only=True) for f in (folder, whole))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_identification_network_has_its_own_settings():
+    given = {
+        "debias_method": "JTT", "num_val_samples": 50, "early_stopping_patience": 1, "epochs": 9,
+        "jtt_epochs": 4, "learning_rate": 0.5, "weight_decay": 0.2,
+    }  # fmt: skip
+    stage = identification.stage_config(validate(given))
+    assert (stage.debias_method, stage.epochs) == ("None", 4)
+    assert stage.early_stopping_patience is None  # it trains for jtt_epochs, no fewer
+    assert (stage.learning_rate, stage.weight_decay) == (0.5, 0.2)
+    assert not any(getattr(stage, f"analyze_{name}") for name in config_facts.ANALYSES)
+    own = {"jtt_learning_rate": 0.1, "jtt_weight_decay": 0.0}
+    stage = identification.stage_config(validate(given | own))
+    assert (stage.learning_rate, stage.weight_decay) == (0.1, 0.0)
