@@ -14,9 +14,9 @@ import time
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
-import config as configuration
-from command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, tell
-from config import Config
+from lab.config import schema as configuration
+from lab.config.schema import Config
+from lab.system.command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, tell
 
 log = logging.getLogger("spurious.main")
 
@@ -28,12 +28,12 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
     torchrun all train, and the first one does the rest.
     """
     # Imported here: `--help` and configuration errors need not wait for torch.
-    import distributed
-    import model
+    from lab.networks import mlp as model
+    from lab.system import distributed
 
     device = distributed.own_device(model.choose_device(config.device))
-    import trackers
-    import tracking
+    from lab.runs import run as tracking
+    from lab.runs import trackers
 
     with distributed.process_group(device):
         splits, network, facts = None, None, {}
@@ -62,7 +62,7 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
                 results.save_data(splits.count_rows(), splits.samples)
                 diverged = _learn(config, splits.to(device), network.to(device), results)
             if results.leads:
-                import plotting
+                from lab.figures import history as plotting
 
                 with results.timed("plots"):
                     results.images(plotting.draw(folder))
@@ -77,12 +77,14 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
 def _load(config: Config, device: str):
     """(splits, the network for them, where they and their features come from)."""
     import data_loader
-    import dfr
-    import model
+    from lab.networks import mlp as model
+    from lab.retraining import head as dfr
 
     extractor = None
     if config.use_feature_extractor:
-        import feature_extractor  # with torchvision or timm, slow to import
+        from lab.features import (
+            extraction as feature_extractor,  # with torchvision or timm, slow to import
+        )
 
         extractor = feature_extractor.Extractor(config, device)
     splits = data_loader.load(config)
@@ -96,12 +98,12 @@ def _load(config: Config, device: str):
 
 def _learn(config: Config, splits, network, results):
     """Train, then retrain; returns the `Diverged` that ended it, or None."""
-    import checkpoints
-    import dfr
-    import trainer
+    from lab.retraining import head as dfr
+    from lab.training import checkpoints
+    from lab.training import loop as trainer
 
     if config.debias_method == "JTT":
-        import identification
+        from lab.training import identification
 
         splits = identification.identify(splits, config, results, splits.train.y.device)
     try:
@@ -135,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
             return
         resume = None
         if arguments.resume:
-            import tracking
+            from lab.runs import run as tracking
 
             folder = Path(arguments.resume)
             resume = tracking.load_to_resume(folder, arguments.config, arguments.overrides)

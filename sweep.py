@@ -13,9 +13,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from command import Parser, exit_code, tell
-from errors import ConfigError
-from sweeping import launch, plan
+from lab.sweeping import launch, plan
+from lab.system.command import Parser, exit_code, tell
+from lab.system.errors import ConfigError
 
 FOLDERS = ("status", "resume", "collect")
 CLUSTERS = ("debug", "local", "slurm")
@@ -38,12 +38,12 @@ def _dispatch(given, command: list[str]) -> int:
     if given.status:
         folder = _folder(given.status)
         if plan.read_manifest(folder)["optuna"]:
-            from sweeping import search
+            from lab.sweeping import search
 
             return search.show_status(folder)
         return launch.show_status(folder)
     if given.collect:
-        from sweeping import collect
+        from lab.sweeping import collect
 
         collect.collect(_folder(given.collect))
         return 0
@@ -56,7 +56,7 @@ def _dispatch(given, command: list[str]) -> int:
         sweep = plan.read(given.file, given.overrides)
         cluster, slurm = _cluster(given.cluster or "local"), sweep.slurm | given.slurm
         if sweep.optuna:
-            from sweeping import search
+            from lab.sweeping import search
 
             if cluster != "local":
                 raise ConfigError(
@@ -70,7 +70,7 @@ def _dispatch(given, command: list[str]) -> int:
         folder = plan.create(sweep, command, {"kind": cluster, "slurm": slurm})
         manifest = plan.read_manifest(folder)
     if manifest["optuna"]:
-        from sweeping import search
+        from lab.sweeping import search
 
         return search.run(folder, manifest, given.jobs)
     return launch.run(folder, cluster, {"at_once": given.jobs, "slurm": slurm})

@@ -11,10 +11,10 @@ import argparse
 
 import torch
 
-import methods
-import metrics
-from analysis import Analyses
 from benchmarks.common import PIXELS, interleaved, peak_memory, problem, report
+from lab import methods
+from lab.analyses.gram import Analyses
+from lab.evaluation import metrics
 
 
 def checkpoint(net, splits, config):

@@ -6,9 +6,9 @@ import time
 
 import torch
 
-import config as configuration
-import model
-from splits import Split, Splits
+from lab.config import schema as configuration
+from lab.networks import mlp as model
+from lab.splits.splits import Split, Splits
 
 PIXELS = 2352  # 3 × 28 × 28
 

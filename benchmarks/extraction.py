@@ -53,7 +53,7 @@ def draw_archive(path: Path, number: int) -> None:
 
 
 def _config(folder: Path):
-    import config
+    from lab.config import schema as config
 
     return config.validate(
         {
@@ -70,13 +70,13 @@ def ours(data_dir: Path, folder: Path, fraction: float) -> dict:
     """Open, extract, keep; then build a network and make one step, as the first epoch begins."""
     import torch
 
-    import feature_extractor
-    import model
-    import trainer
-    from metrics import LOSSES
-    from pictures import Pictures
-    from sources import waterbirds
-    from splits import Split, Splits
+    from lab.data_sets.sources import waterbirds
+    from lab.evaluation.metrics import LOSSES
+    from lab.features import extraction as feature_extractor
+    from lab.networks import mlp as model
+    from lab.splits.pictures import Pictures
+    from lab.splits.splits import Split, Splits
+    from lab.training import loop as trainer
 
     config = _config(folder)
     start = time.perf_counter()
@@ -105,8 +105,8 @@ def twin(data_dir: Path, folder: Path, fraction: float) -> dict:
     import torchvision
     from torchvision.transforms import functional
 
-    import backbones
-    from config import derive_seed
+    from lab.config.schema import derive_seed
+    from lab.features import backbones
 
     start = time.perf_counter()
     with zipfile.ZipFile(data_dir / "waterbirds_v1.0" / "archive.zip") as archive:

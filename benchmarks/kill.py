@@ -46,7 +46,7 @@ context.set_forkserver_preload(
 
 def _run(arguments, log) -> None:
     import main
-    import plotting
+    from lab.figures import history as plotting
 
     # Two figures instead of all: those take longer than the rest and would get most of the kills.
     plotting.FIGURES = {name: plotting.FIGURES[name] for name in ("training_history", "dfr")}

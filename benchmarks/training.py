@@ -8,9 +8,9 @@ import argparse
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-import metrics
-import trainer
 from benchmarks.common import PIXELS, interleaved, problem, report
+from lab.evaluation import metrics
+from lab.training import loop as trainer
 
 
 def main() -> None:

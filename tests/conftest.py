@@ -18,8 +18,8 @@ import pytest
 import torch
 from hypothesis.configuration import set_hypothesis_home_dir
 
-import config as configuration
-from splits import Split, Splits
+from lab.config import schema as configuration
+from lab.splits.splits import Split, Splits
 
 # The same examples every time, and nothing written into the tree: even without a database
 # hypothesis keeps tables of characters and constants, from the collection of tests on.
@@ -80,7 +80,7 @@ def settings(data_dir, tmp_path):
 @pytest.fixture
 def few_figures(monkeypatch):
     """Two figures instead of all: those take longer than the rest of a small run."""
-    import plotting
+    from lab.figures import history as plotting
 
     figures = {name: plotting.FIGURES[name] for name in ("training_history", "dfr")}
     monkeypatch.setattr(plotting, "FIGURES", figures)

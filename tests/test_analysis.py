@@ -9,12 +9,12 @@ import pytest
 import torch
 from conftest import make_split, make_splits
 
-import analysis
-import groups
-import methods
-import metrics
-import model
-from config import Config, validate
+from lab import methods
+from lab.analyses import gram as analysis
+from lab.config.schema import Config, validate
+from lab.evaluation import metrics
+from lab.networks import mlp as model
+from lab.splits import groups
 
 EMPTY_TWO = (8, 0, 0, 6)  # what train_correlation 1 gives
 

@@ -13,16 +13,17 @@ import torchvision.transforms.v2.functional as functional
 from PIL import Image
 from test_rebalancing import METHODS
 
-import config as configuration
-import config_facts
 import data_loader
-import groups
 import main
-import plotting
 from benchmarks import celeba_standin
-from errors import ConfigError, DataError
-from pictures import IMAGENET_MEAN, IMAGENET_STD
-from sources import celeba, picture_files
+from lab.config import facts as config_facts
+from lab.config import schema as configuration
+from lab.data_sets.sources import celeba
+from lab.figures import history as plotting
+from lab.splits import groups
+from lab.splits.pictures import IMAGENET_MEAN, IMAGENET_STD
+from lab.system import picture_files
+from lab.system.errors import ConfigError, DataError
 
 NAMES = ["Blond_Hair", "Male", "Smiling", "Young"]
 PLANTED = {"Blond_Hair": ("Male", -1)}

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from torchvision.datasets import CIFAR10, utils
 
-from errors import DataError
-from sources import cifar10
+from lab.data_sets.sources import cifar10
+from lab.system.errors import DataError
 
 
 def pictures(n, seed=0):

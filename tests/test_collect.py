@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import config as configuration
-from errors import UserError
-from sweeping import collect, figures
+from lab.config import schema as configuration
+from lab.sweeping import collect, figures
+from lab.system.errors import UserError
 
 TERMS = ("term1", "term2", "term3", "total")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import composites
-from composites import Composites
+from lab.splits import composites
+from lab.splits.composites import Composites
 
 
 def parts(n=6, seed=0):

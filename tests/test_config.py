@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-import config as configuration
-import strict_yaml
-from config import derive_seed, load_config, validate
-from errors import ConfigError
+from lab.config import schema as configuration
+from lab.config import strict_yaml
+from lab.config.schema import derive_seed, load_config, validate
+from lab.system.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,13 +17,13 @@ from conftest import limited
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-import config as configuration
-import config_facts
 import main
-import plotting
-import strict_yaml
-from config import Config, load_config, validate
-from errors import ConfigError
+from lab.config import facts as config_facts
+from lab.config import schema as configuration
+from lab.config import strict_yaml
+from lab.config.schema import Config, load_config, validate
+from lab.figures import history as plotting
+from lab.system.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = int(os.environ.get("SPURIOUS_FUZZ_EXAMPLES", 100))

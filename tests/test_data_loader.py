@@ -10,11 +10,11 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-import config_facts
 import data_loader
-import groups
-from errors import ConfigError, DataError
-from sources import mnist
+from lab.config import facts as config_facts
+from lab.data_sets.sources import mnist
+from lab.splits import groups
+from lab.system.errors import ConfigError, DataError
 
 
 def digits_of(split):

@@ -10,12 +10,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.preprocessing import StandardScaler
 
-import dfr
-import metrics
-import model
-from config_facts import ANALYSES
-from errors import DataError
-from splits import Splits
+from lab.config.facts import ANALYSES
+from lab.evaluation import metrics
+from lab.networks import mlp as model
+from lab.retraining import head as dfr
+from lab.splits.splits import Splits
+from lab.system.errors import DataError
 
 
 def problem(settings, dfr_counts=(20, 8, 9, 24), **keys):
@@ -29,7 +29,7 @@ def problem(settings, dfr_counts=(20, 8, 9, 24), **keys):
 
 def spy_on_fits(monkeypatch):
     """Collects (rows, c, seed) of every fit."""
-    import logistic
+    from lab.retraining import logistic
 
     tasks = []
     original = logistic.fit_all
@@ -148,7 +148,7 @@ def test_data_that_cannot_be_used_is_said_before_training():
 
 
 def test_fits_that_do_not_converge_are_told_once(settings, monkeypatch, caplog):
-    import logistic
+    from lab.retraining import logistic
 
     monkeypatch.setattr(logistic, "MAX_ITERATIONS", 1)
     net, splits, config = problem(settings)

@@ -9,16 +9,16 @@ import pytest
 import torch
 from conftest import in_float64, make_split, make_splits, many_groups
 
-import config as configuration
-import dfr
-import last_layer
 import main
-import metrics
-import model
-import plotting
-from config_facts import ANALYSES
-from errors import ConfigError, DataError, UserError
-from splits import Splits
+from lab.config import schema as configuration
+from lab.config.facts import ANALYSES
+from lab.evaluation import metrics
+from lab.figures import history as plotting
+from lab.networks import mlp as model
+from lab.retraining import descent as last_layer
+from lab.retraining import head as dfr
+from lab.splits.splits import Splits
+from lab.system.errors import ConfigError, DataError, UserError
 
 SGD = {"dfr_solver": "sgd", "dfr_sgd_epochs": 6, "dfr_sgd_batch_size": 7}
 NO_ANALYSES = {f"analyze_{name}": False for name in ANALYSES}

@@ -9,11 +9,11 @@ import pandas as pd
 import pytest
 from conftest import make_splits
 
-import distributed
 import main
-import model
-from config import validate
-from errors import ConfigError
+from lab.config.schema import validate
+from lab.networks import mlp as model
+from lab.system import distributed
+from lab.system.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = [

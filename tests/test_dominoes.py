@@ -8,15 +8,15 @@ import pytest
 import torch
 from test_cifar10 import write_folder
 
-import config as configuration
-import config_facts
 import data_loader
-import feature_extractor
-import groups
 import main
-from data_sets import dominoes
-from errors import ConfigError, DataError
-from sources import cifar10, mnist
+from lab.config import facts as config_facts
+from lab.config import schema as configuration
+from lab.data_sets import dominoes
+from lab.data_sets.sources import cifar10, mnist
+from lab.features import extraction as feature_extractor
+from lab.splits import groups
+from lab.system.errors import ConfigError, DataError
 
 TRAIN, TEST, DIGITS, TEST_DIGITS = 100, 30, 130, 34  # of each class
 

@@ -10,9 +10,9 @@ from conftest import make_split, make_splits
 from test_resume import assert_equal, at_call, go, kept, sent  # noqa: F401, fixtures
 from test_trainer import run
 
-import trainer
-from config import validate
-from errors import ConfigError, DataError
+from lab.config.schema import validate
+from lab.system.errors import ConfigError, DataError
+from lab.training import loop as trainer
 
 NAN = math.nan
 

@@ -11,11 +11,11 @@ from PIL import Image
 from test_cifar10 import write_folder
 from test_resume import assert_equal, at_call, sent
 
-import config_facts
-import dfr
 import main
-import plotting
-import tracking
+from lab.config import facts as config_facts
+from lab.figures import history as plotting
+from lab.retraining import head as dfr
+from lab.runs import run as tracking
 
 TEN = {
     "dataset_name": "Dominoes", "dominoes_classes": "ten", "loss_function": "cross_entropy",

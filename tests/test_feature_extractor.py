@@ -19,16 +19,16 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-import backbones
-import config as configuration
-import config_facts
 import data_loader
-import feature_cache
-import feature_extractor
 import main
-from config import derive_seed
-from errors import ConfigError, DataError
-from splits import Split, Splits
+from lab.config import facts as config_facts
+from lab.config import schema as configuration
+from lab.config.schema import derive_seed
+from lab.features import backbones
+from lab.features import cache as feature_cache
+from lab.features import extraction as feature_extractor
+from lab.splits.splits import Split, Splits
+from lab.system.errors import ConfigError, DataError
 
 ROOT = Path(__file__).parent.parent
 
@@ -722,7 +722,7 @@ def test_loader_leaves_pixels_to_the_extractor(extractor_settings):
 
 DRIVER = """
 import sys
-import feature_extractor
+from lab.features import extraction as feature_extractor
 feature_extractor.SHARD = 4
 sys.exit(feature_extractor.main(sys.argv[1:]))
 """

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from conftest import make_split, make_splits, many_groups
 from torch import nn
 
-import dfr
-import gradcam
 import main
-import model
-import plotting
-import tracking
-from config_facts import ANALYSES
+from lab.analyses import gradcam
+from lab.config.facts import ANALYSES
+from lab.figures import history as plotting
+from lab.networks import mlp as model
+from lab.retraining import head as dfr
+from lab.runs import run as tracking
 
 
 def network(settings, num_outputs=1, **keys):

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import groups
+from lab.splits import groups
 
 
 def test_the_index_is_2_y_plus_a_everywhere():

@@ -17,8 +17,8 @@ import torch
 import yaml
 
 import main as program
-from config import validate
-from tracking import ANALYSIS_COLUMNS
+from lab.config.schema import validate
+from lab.runs.run import ANALYSIS_COLUMNS
 
 ROOT = Path(__file__).parent.parent
 SMALL = [

@@ -2,10 +2,10 @@
 
 import pytest
 
-import memory
-import model
-from config import validate
-from errors import ConfigError
+from lab.config.schema import validate
+from lab.networks import mlp as model
+from lab.system import memory
+from lab.system.errors import ConfigError
 
 
 @pytest.fixture

@@ -6,11 +6,11 @@ import pytest
 import torch
 from conftest import make_splits
 
-import methods
-import metrics
-import model
-import trainer
-from config import validate
+from lab import methods
+from lab.config.schema import validate
+from lab.evaluation import metrics
+from lab.networks import mlp as model
+from lab.training import loop as trainer
 
 
 def method(name, counts=(10, 5, 3, 12), **keys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_split, many_groups
 
-import metrics
+from lab.evaluation import metrics
 
 
 @pytest.mark.parametrize("name", [n for n, loss in metrics.LOSSES.items() if loss.derivative])

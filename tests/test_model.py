@@ -7,11 +7,11 @@ import pytest
 import torch
 from conftest import make_split
 
-import metrics
-import model
-import trainer
-from config import validate
-from errors import ConfigError
+from lab.config.schema import validate
+from lab.evaluation import metrics
+from lab.networks import mlp as model
+from lab.system.errors import ConfigError
+from lab.training import loop as trainer
 
 
 def build(inputs=12, dtype=torch.float64, **keys):
@@ -106,10 +106,10 @@ def test_same_seed_same_network_and_width_does_not_shift_other_layers():
 
 
 def test_registries_and_literal_tables_agree():
-    from config import Config
-    from config_facts import FULL_BATCH_METHODS, HAS_OFFICIAL_VALIDATION
     from data_loader import DATASETS
-    from methods import METHODS
+    from lab.config.facts import FULL_BATCH_METHODS, HAS_OFFICIAL_VALIDATION
+    from lab.config.schema import Config
+    from lab.methods import METHODS
 
     choices = {name: field.annotation for name, field in Config.model_fields.items()}
     assert set(choices["activation_function"].__args__) == set(model.ACTIVATIONS)

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 import torchvision
 from conftest import in_float64, make_split, make_splits
 
-import analysis
-import backbones
 import data_loader
-import dfr
-import metrics
-import model
-import trainer
-from config import Config, validate
-from config_facts import END_TO_END, RESNETS
-from errors import ConfigError, DataError
+from lab.analyses import gram as analysis
+from lab.config.facts import END_TO_END, RESNETS
+from lab.config.schema import Config, validate
+from lab.evaluation import metrics
+from lab.features import backbones
+from lab.networks import mlp as model
+from lab.retraining import head as dfr
+from lab.system.errors import ConfigError, DataError
+from lab.training import loop as trainer
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,8 +9,8 @@ from matplotlib import rc_context
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-import groups
-import plotting
+from lab.figures import history as plotting
+from lab.splits import groups
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-import config as configuration
-import methods
-import tracking
+from lab import methods
+from lab.config import schema as configuration
+from lab.runs import run as tracking
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

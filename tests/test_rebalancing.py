@@ -12,16 +12,16 @@ import torch
 from conftest import FakeRun, make_splits, many_groups
 from test_resume import at_call, sent
 
-import config_facts
-import identification
 import main
-import methods
-import metrics
-import model
-import splits as splits_of
-import trainer
-from config import validate
-from errors import UserError
+from lab import methods
+from lab.config import facts as config_facts
+from lab.config.schema import validate
+from lab.evaluation import metrics
+from lab.networks import mlp as model
+from lab.splits import splits as splits_of
+from lab.system.errors import UserError
+from lab.training import identification
+from lab.training import loop as trainer
 
 METHODS = ("RWY", "RWG", "SUBY", "SUBG", "JTT")
 
@@ -264,7 +264,7 @@ SMALL = {
 @pytest.fixture
 def go(tmp_path, data_dir, monkeypatch):
     """go(place, **keys) -> (exit code, run folder), without plots, which other tests draw."""
-    import plotting
+    from lab.figures import history as plotting
 
     monkeypatch.setattr(plotting, "draw", lambda folder: [])
 

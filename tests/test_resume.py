@@ -17,14 +17,14 @@ import pytest
 import torch
 import yaml
 
-import dfr
-import files
 import main as program
-import plotting
-import tracking
-import trainer
 from benchmarks import kill
-from command import Stopped, exit_code, stop_signals, whole_step
+from lab.figures import history as plotting
+from lab.retraining import head as dfr
+from lab.runs import run as tracking
+from lab.system import files
+from lab.system.command import Stopped, exit_code, stop_signals, whole_step
+from lab.training import loop as trainer
 
 ROOT = Path(__file__).parent.parent
 SMALL = [

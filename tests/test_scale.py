@@ -7,14 +7,14 @@ import pytest
 import torch
 from conftest import make_split, make_splits
 
-import methods
-import metrics
-import model
-import plotting
-import trainer
-from config import validate
-from errors import DataError
-from methods import scale
+from lab import methods
+from lab.config.schema import validate
+from lab.evaluation import metrics
+from lab.figures import history as plotting
+from lab.methods import scale
+from lab.networks import mlp as model
+from lab.system.errors import DataError
+from lab.training import loop as trainer
 
 BATCH = 8
 

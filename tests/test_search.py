@@ -17,8 +17,8 @@ import pandas as pd
 import pytest
 
 import sweep
-from errors import ConfigError
-from sweeping import collect, figures, launch, plan, search
+from lab.sweeping import collect, figures, launch, plan, search
+from lab.system.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-import shortcuts
+from lab.evaluation import shortcuts
 
 
 def slow_delta(correct, counts) -> float:

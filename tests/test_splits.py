@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import make_split, make_splits, many_groups
 
-import groups
-from composites import Composites
-from splits import Split, Splits
+from lab.splits import groups
+from lab.splits.composites import Composites
+from lab.splits.splits import Split, Splits
 
 
 def composites(n, seed=0):

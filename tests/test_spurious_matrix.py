@@ -15,20 +15,20 @@ import pytest
 import torch
 import yaml
 
-import batched_heads
-import config as configuration
-import config_facts
 import data_loader
-import feature_extractor
-import matrix_plots
-import metrics
-import model
-import plotting
-import spurious_matrix
-import tracking
-import trainer
 from benchmarks import celeba_standin
-from sources import celeba
+from lab.config import facts as config_facts
+from lab.config import schema as configuration
+from lab.data_sets.sources import celeba
+from lab.evaluation import metrics
+from lab.features import extraction as feature_extractor
+from lab.figures import history as plotting
+from lab.matrix import figures as matrix_plots
+from lab.matrix import heads as batched_heads
+from lab.matrix import tables as spurious_matrix
+from lab.networks import mlp as model
+from lab.runs import run as tracking
+from lab.training import loop as trainer
 
 ROOT = Path(__file__).parent.parent
 NAMES = [

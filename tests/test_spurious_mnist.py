@@ -12,16 +12,16 @@ import torch
 from hypothesis import strategies as st
 from test_resume import assert_equal, at_call, sent
 
-import config_facts
 import data_loader
-import dfr
 import main
-import plotting
-import strict_yaml
-from config import Lines, NoShortcut, Square, load_config, validate
-from data_sets import spurious_mnist
-from errors import ConfigError, DataError
-from sources import mnist
+from lab.config import facts as config_facts
+from lab.config import strict_yaml
+from lab.config.schema import Lines, NoShortcut, Square, load_config, validate
+from lab.data_sets import spurious_mnist
+from lab.data_sets.sources import mnist
+from lab.figures import history as plotting
+from lab.retraining import head as dfr
+from lab.system.errors import ConfigError, DataError
 
 NO_ANALYSES = {f"analyze_{name}": False for name in config_facts.ANALYSES}
 CORNER = {"kind": "square", "position": "left_top", "size": 3}

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-import config as configuration
-import config_facts
-import strict_yaml
 import sweep
-from errors import ConfigError, UserError
-from sweeping import launch, plan
+from lab.config import facts as config_facts
+from lab.config import schema as configuration
+from lab.config import strict_yaml
+from lab.sweeping import launch, plan
+from lab.system.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parent.parent
 PRESETS = sorted(ROOT.glob("sweeps/*.yaml"))
@@ -30,7 +30,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 
 sys.path.insert(0, ROOT)
-import config
+from lab.config import schema as config
 
 arguments = sys.argv[1:]
 if "--resume" in arguments:

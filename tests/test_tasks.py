@@ -18,19 +18,18 @@ from scipy.optimize import minimize
 from test_celeba import NO_ANALYSES, faces, go, keys, load  # noqa: F401
 from test_resume import at_call, sent
 
-import config as configuration
-import groups
-import identification
 import main
-import methods
-import metrics
-import model
-import plotting
-import shortcuts
-import trainer
-from errors import ConfigError, DataError, UserError
-from methods import entropy
-from splits import Split, Splits, Task
+from lab import methods
+from lab.config import schema as configuration
+from lab.evaluation import metrics, shortcuts
+from lab.figures import history as plotting
+from lab.methods import entropy
+from lab.networks import mlp as model
+from lab.splits import groups
+from lab.splits.splits import Split, Splits, Task
+from lab.system.errors import ConfigError, DataError, UserError
+from lab.training import identification
+from lab.training import loop as trainer
 
 TWO = ["Blond_Hair:Male", "Smiling:Young"]
 

@@ -17,13 +17,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-import config as configuration
-import files
 import main as program
-import plotting
-import trackers
-import trainer
-from command import Stopped
+from lab.config import schema as configuration
+from lab.figures import history as plotting
+from lab.runs import trackers
+from lab.system import files
+from lab.system.command import Stopped
+from lab.training import loop as trainer
 
 SMALL = [
     "num_train_samples=200", "num_test_samples=60", "num_val_samples=40", "hidden_dim=8",

@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import make_splits
 
-import analysis
-import checkpoints
-import metrics
-import model
-import trainer
+from lab.analyses import gram as analysis
+from lab.evaluation import metrics
+from lab.networks import mlp as model
+from lab.training import checkpoints
+from lab.training import loop as trainer
 
 PAIRS = ("G(-1,+1)_vs_G(-1,-1)", "G(+1,-1)_vs_G(+1,+1)")
 

@@ -29,13 +29,14 @@ from conftest import limited
 from hypothesis import strategies as st
 from PIL import Image
 
-import backbones
 import data_loader
-import feature_cache
-import feature_extractor
-import plotting
-from errors import DataError, UserError
-from sources import mnist, picture_files, waterbirds, zip_files
+from lab.data_sets.sources import mnist, waterbirds
+from lab.features import backbones
+from lab.features import cache as feature_cache
+from lab.features import extraction as feature_extractor
+from lab.figures import history as plotting
+from lab.system import picture_files, zip_files
+from lab.system.errors import DataError, UserError
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,18 +17,18 @@ import pytest
 import torch
 from PIL import Image
 
-import analysis
-import config as configuration
-import config_facts
 import data_loader
-import groups
 import main
-import metrics
-import pictures
-import plotting
-from data_sets import waterbirds as waterbirds_set
-from errors import ConfigError, DataError
-from sources import picture_files, waterbirds
+from lab.analyses import gram as analysis
+from lab.config import facts as config_facts
+from lab.config import schema as configuration
+from lab.data_sets import waterbirds as waterbirds_set
+from lab.data_sets.sources import waterbirds
+from lab.evaluation import metrics
+from lab.figures import history as plotting
+from lab.splits import groups, pictures
+from lab.system import picture_files
+from lab.system.errors import ConfigError, DataError
 
 HEADER = ["img_id", "img_filename", "y", "split", "place", "place_filename"]
 # (split, y, place) -> pictures

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import config as configuration
-import dfr
-import files
-import metrics
-from config_facts import END_TO_END
-from errors import ConfigError, UserError
+from lab.config import schema as configuration
+from lab.config.facts import END_TO_END
+from lab.evaluation import metrics
+from lab.retraining import head as dfr
+from lab.system import files
+from lab.system.errors import ConfigError, UserError
 
 DIGITS_PER_GROUP = 3  # examples in the figure
 LARGE = 128  # pixels; examples of larger pictures are halved

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-import groups
-import metrics
-from config import Config, derive_seed
-from config_facts import ANALYSES
-from metrics import Loss
-from model import MLP
-from splits import Split, Splits
+from lab.config.facts import ANALYSES
+from lab.config.schema import Config, derive_seed
+from lab.evaluation import metrics
+from lab.evaluation.metrics import Loss
+from lab.networks.mlp import MLP
+from lab.splits import groups
+from lab.splits.splits import Split, Splits
 
 GRADIENT, JACOBIAN = 0, 1  # the two kinds of rows: ∇_g and m_g
 SIDES = ("train", "test")

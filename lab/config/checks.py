@@ -1,8 +1,6 @@
 """What the configuration checks across keys, and which keys have an effect with which others."""
 
-import groups
-import memory
-from config_facts import (
+from lab.config.facts import (
     ANALYSES,
     BATCH_NORM,
     CELEBA_PARTS,
@@ -19,7 +17,9 @@ from config_facts import (
     TARGET_METHODS,
     VIT_BLOCKS,
 )
-from strict_yaml import show
+from lab.config.strict_yaml import show
+from lab.splits import groups
+from lab.system import memory
 
 PAIRS = "a list of pairs of different groups, each [[y, a], [y, a]] with -1 or 1"
 

@@ -13,17 +13,17 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, ValidationError
 from pydantic.fields import FieldInfo
 
-import config_checks
-import strict_yaml
-from config_facts import (
+from lab.config import checks as config_checks
+from lab.config import strict_yaml
+from lab.config.facts import (
     DEFAULT_WEIGHT_DECAY,
     EXPERIMENT_NAMES,
     RESNETS,
     TARGET_METHODS,
     VIT_BLOCKS,
 )
-from errors import ConfigError
-from strict_yaml import shorten, show
+from lab.config.strict_yaml import shorten, show
+from lab.system.errors import ConfigError
 
 Samples = Annotated[int, Field(ge=0, le=10_000_000)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]

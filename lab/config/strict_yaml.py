@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from errors import ConfigError
+from lab.system.errors import ConfigError
 
 MAX_BYTES = 256_000
 MAX_VALUES = 10_000  # PyYAML reads 45,000 a second, which no limit on bytes alone makes short

@@ -12,12 +12,12 @@ import logging
 import numpy as np
 import torch
 
-import groups
-from config import Config, derive_seed
-from data_sets import official
-from errors import DataError
-from sources import celeba as source_of
-from splits import Split, Splits, Task
+from lab.config.schema import Config, derive_seed
+from lab.data_sets import official
+from lab.data_sets.sources import celeba as source_of
+from lab.splits import groups
+from lab.splits.splits import Split, Splits, Task
+from lab.system.errors import DataError
 
 log = logging.getLogger(f"spurious.{__name__}")
 

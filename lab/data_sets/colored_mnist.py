@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from config import Config, derive_seed
-from drawing import (
+from lab.config.schema import Config, derive_seed
+from lab.data_sets.drawing import (
     CHUNK,
     SAMPLES_PER_GROUP,
     Pool,
@@ -14,9 +14,9 @@ from drawing import (
     prepared,
     shown,
 )
-from pictures import LUMA
-from sources import mnist
-from splits import Split, Splits
+from lab.data_sets.sources import mnist
+from lab.splits.pictures import LUMA
+from lab.splits.splits import Split, Splits
 
 
 def load(config: Config) -> Splits:

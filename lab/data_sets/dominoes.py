@@ -15,13 +15,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import groups
-from composites import Composites
-from config import Config, derive_seed
-from drawing import SAMPLES_PER_GROUP, Pool, draw_to_moments, hold_out, labels, scaling, shown
-from errors import DataError
-from sources import cifar10, mnist
-from splits import Split, Splits
+from lab.config.schema import Config, derive_seed
+from lab.data_sets.drawing import (
+    SAMPLES_PER_GROUP,
+    Pool,
+    draw_to_moments,
+    hold_out,
+    labels,
+    scaling,
+    shown,
+)
+from lab.data_sets.sources import cifar10, mnist
+from lab.splits import groups
+from lab.splits.composites import Composites
+from lab.splits.splits import Split, Splits
+from lab.system.errors import DataError
 
 log = logging.getLogger(f"spurious.{__name__}")
 

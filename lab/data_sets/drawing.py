@@ -3,10 +3,10 @@
 import numpy as np
 import torch
 
-import groups
-from config import Config, channels_standardised
-from errors import DataError
-from splits import Split
+from lab.config.schema import Config, channels_standardised
+from lab.splits import groups
+from lab.splits.splits import Split
+from lab.system.errors import DataError
 
 SAMPLES_PER_GROUP = 8
 CHUNK = 4096  # pictures at once

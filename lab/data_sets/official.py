@@ -5,11 +5,11 @@ import logging
 import numpy as np
 import torch.nn.functional as F
 
-from config import Config, derive_seed
-from drawing import SAMPLES_PER_GROUP, hold_out, labels, scaling, shown
-from errors import DataError
-from pictures import Pictures, unreadable
-from splits import Split, Splits
+from lab.config.schema import Config, derive_seed
+from lab.data_sets.drawing import SAMPLES_PER_GROUP, hold_out, labels, scaling, shown
+from lab.splits.pictures import Pictures, unreadable
+from lab.splits.splits import Split, Splits
+from lab.system.errors import DataError
 
 log = logging.getLogger(f"spurious.{__name__}")
 

@@ -9,11 +9,11 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-import groups
-from config import Config, Lines, NoShortcut, SpuriousFeature, Square, derive_seed
-from drawing import SAMPLES_PER_GROUP, Pool, hold_out, labels, prepared, shown
-from sources import mnist
-from splits import Split, Splits
+from lab.config.schema import Config, Lines, NoShortcut, SpuriousFeature, Square, derive_seed
+from lab.data_sets.drawing import SAMPLES_PER_GROUP, Pool, hold_out, labels, prepared, shown
+from lab.data_sets.sources import mnist
+from lab.splits import groups
+from lab.splits.splits import Split, Splits
 
 Shortcut = Square | Lines | NoShortcut
 NONE = NoShortcut(kind="none")

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-import groups
-from config import Config
-from data_sets import official
-from sources import waterbirds as source_of
-from splits import Splits, Task
+from lab.config.schema import Config
+from lab.data_sets import official
+from lab.data_sets.sources import waterbirds as source_of
+from lab.splits import groups
+from lab.splits.splits import Splits, Task
 
 NAMES = ["landbird, land", "landbird, water", "waterbird, land", "waterbird, water"]
 

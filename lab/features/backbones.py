@@ -28,12 +28,11 @@ import torchvision
 from torch import nn
 from torch.fx.experimental import optimization
 
-import files
-from config import Config, derive_seed
-from config_facts import RESNETS, VIT_BLOCKS
-from errors import ConfigError, DataError
-from pictures import IMAGENET_MEAN, IMAGENET_STD
-from sources import zip_files
+from lab.config.facts import RESNETS, VIT_BLOCKS
+from lab.config.schema import Config, derive_seed
+from lab.splits.pictures import IMAGENET_MEAN, IMAGENET_STD
+from lab.system import files, zip_files
+from lab.system.errors import ConfigError, DataError
 
 log = logging.getLogger(f"spurious.{__name__}")
 

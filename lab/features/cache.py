@@ -21,7 +21,7 @@ import filelock
 import safetensors
 import torch
 
-import files
+from lab.system import files
 
 log = logging.getLogger(f"spurious.{__name__}")
 

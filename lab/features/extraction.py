@@ -30,15 +30,14 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import backbones
-import distributed
-import feature_cache
-import files
-from backbones import SIDE
-from command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code
-from config import Config, load_config
-from errors import ConfigError, DataError, UserError
-from splits import Splits
+from lab.config.schema import Config, load_config
+from lab.features import backbones
+from lab.features import cache as feature_cache
+from lab.features.backbones import SIDE
+from lab.splits.splits import Splits
+from lab.system import distributed, files
+from lab.system.command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code
+from lab.system.errors import ConfigError, DataError, UserError
 
 log = logging.getLogger(f"spurious.{__name__}")
 
@@ -490,8 +489,8 @@ def _parser() -> Parser:
 
 
 def _run(config: Config) -> None:
-    import data_loader
-    import model
+    from lab import data_sets as data_loader
+    from lab.networks import mlp as model
 
     device = distributed.own_device(model.choose_device(config.device))
     extractor = Extractor(config, device)

@@ -26,10 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-import files
-import groups
-from errors import UserError, printable
-from plot_style import (
+from lab.figures.style import (
     BAR_LOOKS,
     GREY,
     HATCHES,
@@ -49,7 +46,9 @@ from plot_style import (
     share_axis,
     zero_line,
 )
-from sources import zip_files
+from lab.splits import groups
+from lab.system import files, zip_files
+from lab.system.errors import UserError, printable
 
 FORMATS = ("png", "svg")
 TABLES = ("training_history.csv", "analysis.csv", "dfr_results.json", "samples.npz")
@@ -866,7 +865,7 @@ def main(argv=None) -> int:
     try:
         arguments = parser.parse_args(argv)
         if arguments.gradcam:
-            from gradcam import explain  # with torch and the networks
+            from lab.analyses.gradcam import explain  # with torch and the networks
 
             explain(Path(arguments.folder))
         paths = draw(arguments.folder, arguments.format)

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from plot_style import BLACK, GREY, RC
-from plotting import save
+from lab.figures.history import save
+from lab.figures.style import BLACK, GREY, RC
 
 GROUP_NAMES = ("neither", "attribute only", "task only", "both")
 DELTA = "δ in percentage points"

@@ -13,16 +13,15 @@ import torch
 from torch import nn
 from torch.func import functional_call, vmap
 
-import checkpoints
-import files
-import memory
-import metrics
-import model
-import trainer
-from command import Stopped, whole_step
-from config import Config, derive_seed
-from errors import ConfigError
-from strict_yaml import show
+from lab.config.schema import Config, derive_seed
+from lab.config.strict_yaml import show
+from lab.evaluation import metrics
+from lab.networks import mlp as model
+from lab.system import files, memory
+from lab.system.command import Stopped, whole_step
+from lab.system.errors import ConfigError
+from lab.training import checkpoints
+from lab.training import loop as trainer
 
 log = logging.getLogger(f"spurious.{__name__}")
 

@@ -23,15 +23,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-import config as configuration
-import files
-import groups
-import shortcuts
-import tracking
-from command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, tell
-from config import Config, derive_seed
-from errors import ConfigError, DataError, UserError
-from strict_yaml import show
+from lab.config import schema as configuration
+from lab.config.schema import Config, derive_seed
+from lab.config.strict_yaml import show
+from lab.evaluation import shortcuts
+from lab.runs import run as tracking
+from lab.splits import groups
+from lab.system import files
+from lab.system.command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, tell
+from lab.system.errors import ConfigError, DataError, UserError
 
 log = logging.getLogger(f"spurious.{__name__}")
 
@@ -136,7 +136,7 @@ def check(config: Config) -> None:
     if problems:
         raise ConfigError(*problems)
     if config.use_feature_extractor:
-        import batched_heads
+        from lab.matrix import heads as batched_heads
 
         batched_heads.check(config)
 
@@ -166,7 +166,7 @@ def task_arguments(given) -> list[str]:
 
 def _source(config: Config):
     """The faces and their attributes. Raises `DataError` if they are too few for pairs."""
-    from sources import celeba
+    from lab.data_sets.sources import celeba
 
     source = celeba.load(config.data_dir, config.target_resolution)
     if len(source.attribute_names) < 2:
@@ -191,7 +191,7 @@ def matrix(given, command: list[str], early_log: MemoryHandler) -> Path:
     names = _source(config).attribute_names
     if problems := _wrong_options(options, len(names)):
         raise ConfigError(*problems)
-    import model
+    from lab.networks import mlp as model
 
     device = model.choose_device(config.device)
     if resume:
@@ -252,9 +252,9 @@ def _train_heads(config: Config, names: list[str], device: str, folder: Path, gi
     """(right, samples) (K, K, 4) of networks on features, trained all at once."""
     import torch
 
-    import batched_heads
-    import data_loader
-    import feature_extractor
+    from lab import data_sets as data_loader
+    from lab.features import extraction as feature_extractor
+    from lab.matrix import heads as batched_heads
 
     own = task_config(config, grouping(names, names[0]))
     extractor = feature_extractor.Extractor(own, device)
@@ -340,10 +340,10 @@ def predict(runs: dict, names: list[str], base: Config) -> tuple[np.ndarray, np.
     One pass of each network over the validation faces serves all attributes. Raises `UserError`
     for a missing run, or one with other settings than base but for `MAY_DIFFER`.
     """
-    import checkpoints
-    import data_loader
-    import metrics
-    import model
+    from lab import data_sets as data_loader
+    from lab.evaluation import metrics
+    from lab.networks import mlp as model
+    from lab.training import checkpoints
 
     base = configuration.validate(base.resolved() | OWN)
     problems = [f"no finished run of {name}" for name in names if name not in runs]
@@ -364,7 +364,7 @@ def predict(runs: dict, names: list[str], base: Config) -> tuple[np.ndarray, np.
         splits = data_loader.load(config)
         attributes = _attributes(splits.val.inputs)
         if config.use_feature_extractor:
-            import feature_extractor
+            from lab.features import extraction as feature_extractor
 
             splits = feature_extractor.Extractor(config, device).extract(splits)
         network = model.build_for(config, splits)
@@ -466,7 +466,7 @@ def conclude(folder: Path, options: dict, config: Config) -> None:
     log.info("%d of %d pairs have δ above %g", len(found), len(names) * (len(names) - 1), eps)
     for t, a in found[:10]:
         log.info("%6.1f  %s by %s", T[a, t], names[t], names[a])
-    import matrix_plots  # with matplotlib, slow to import
+    from lab.matrix import figures as matrix_plots  # with matplotlib, slow to import
 
     matrix_plots.draw(folder, config.plot_format)
 

@@ -5,12 +5,12 @@ dθ/dt = -Σ w_g ∇R_g, and which loss a mini-batch has. A new method is one fi
 `ERM` and one line here.
 """
 
-from methods.erm import ERM, ERMTarget
-from methods.group_dro import GroupDRO
-from methods.importance_weighting import IWUniform
-from methods.jtt import JTT
-from methods.rebalancing import RWG, RWY, SUBG, SUBY
-from methods.scale import SCALE
+from lab.methods.erm import ERM, ERMTarget
+from lab.methods.group_dro import GroupDRO
+from lab.methods.importance_weighting import IWUniform
+from lab.methods.jtt import JTT
+from lab.methods.rebalancing import RWG, RWY, SUBG, SUBY
+from lab.methods.scale import SCALE
 
 METHODS = {
     "None": ERM,

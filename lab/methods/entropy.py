@@ -10,7 +10,7 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import linprog
 
-from errors import DataError
+from lab.system.errors import DataError
 
 NEWTON_STEPS = 200
 TOLERANCE = 1e-12

@@ -4,10 +4,10 @@ import math
 
 import torch
 
-import distributed
-import groups
-from errors import DataError
-from methods.task_weights import TaskWeights
+from lab.methods.task_weights import TaskWeights
+from lab.splits import groups
+from lab.system import distributed
+from lab.system.errors import DataError
 
 
 class ERM:

@@ -8,8 +8,8 @@ import math
 
 import torch
 
-import distributed
-from methods.erm import ERM
+from lab.methods.erm import ERM
+from lab.system import distributed
 
 
 class GroupDRO(ERM):

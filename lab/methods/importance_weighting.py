@@ -1,7 +1,7 @@
 """Importance weighting to uniform groups: every non-empty group counts the same."""
 
-import distributed
-from methods.erm import ERM
+from lab.methods.erm import ERM
+from lab.system import distributed
 
 
 class IWUniform(ERM):

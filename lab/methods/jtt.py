@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from methods.erm import ERM
+from lab.methods.erm import ERM
 
 
 class JTT(ERM):

@@ -8,10 +8,10 @@ import math
 import numpy as np
 import torch
 
-import groups
-from config import derive_seed
-from methods import entropy
-from methods.erm import ERM
+from lab.config.schema import derive_seed
+from lab.methods import entropy
+from lab.methods.erm import ERM
+from lab.splits import groups
 
 
 def classes(split) -> torch.Tensor:

@@ -12,11 +12,11 @@ import logging
 
 import torch
 
-import distributed
-import metrics
-from config import derive_seed
-from errors import DataError
-from methods.erm import ERMTarget
+from lab.config.schema import derive_seed
+from lab.evaluation import metrics
+from lab.methods.erm import ERMTarget
+from lab.system import distributed
+from lab.system.errors import DataError
 
 log = logging.getLogger(f"spurious.{__name__}")
 

@@ -11,8 +11,8 @@ import math
 
 import torch
 
-import distributed
-import shortcuts
+from lab.evaluation import shortcuts
+from lab.system import distributed
 
 
 class TaskWeights:

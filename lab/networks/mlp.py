@@ -27,12 +27,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-import distributed
-import memory
-from config import Config, channels_standardised, derive_seed
-from config_facts import BATCH_NORM
-from errors import ConfigError
-from pictures import IMAGENET_MEAN, IMAGENET_STD
+from lab.config.facts import BATCH_NORM
+from lab.config.schema import Config, channels_standardised, derive_seed
+from lab.splits.pictures import IMAGENET_MEAN, IMAGENET_STD
+from lab.system import distributed, memory
+from lab.system.errors import ConfigError
 
 ACTIVATIONS = {
     "relu": F.relu,
@@ -240,7 +239,7 @@ def resnet(config: Config, input_shape) -> tuple[nn.Module, int]:
 
     Raises `DataError` when pretrained weights are missing or of another model.
     """
-    import backbones  # with torchvision, slow to import
+    from lab.features import backbones  # with torchvision, slow to import
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     if channels_standardised(config):

@@ -10,10 +10,10 @@ import math
 import numpy as np
 import torch
 
-import metrics
-from config import Config, derive_seed
-from errors import UserError
-from splits import Split
+from lab.config.schema import Config, derive_seed
+from lab.evaluation import metrics
+from lab.splits.splits import Split
+from lab.system.errors import UserError
 
 
 def train(layer, features: Split, epoch_rows, held_out, config: Config) -> list[dict]:

@@ -27,15 +27,15 @@ import numpy as np
 import torch
 from sklearn.preprocessing import StandardScaler
 
-import config_checks
-import files
-import last_layer
-import logistic
-import metrics
-from config import Config, derive_seed
-from errors import ConfigError, DataError, UserError
-from model import ScaledLinear, fresh_classifier, target_layer
-from splits import Split, Splits
+from lab.config import checks as config_checks
+from lab.config.schema import Config, derive_seed
+from lab.evaluation import metrics
+from lab.networks.mlp import ScaledLinear, fresh_classifier, target_layer
+from lab.retraining import descent as last_layer
+from lab.retraining import logistic
+from lab.splits.splits import Split, Splits
+from lab.system import files
+from lab.system.errors import ConfigError, DataError, UserError
 
 log = logging.getLogger(f"spurious.{__name__}")
 
@@ -419,7 +419,7 @@ def comparison_text(rows: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """`python dfr.py --run results/<run>`: retrain a trained run again; returns the exit code."""
-    from command import Parser, console_log, exit_code
+    from lab.system.command import Parser, console_log, exit_code
 
     parser = Parser(
         prog="python dfr.py",
@@ -458,7 +458,7 @@ def retrain_run(folder: Path, overrides=()) -> Path:
     returns that. Raises `ConfigError` for overrides that are not of DFR, `DataError` when the data
     are not the run's: test or training data must never be what DFR retrains on.
     """
-    import tracking
+    from lab.runs import run as tracking
 
     config = _run_config(folder, overrides)
     idle = config_checks.without_effect(config, _names(overrides))
@@ -479,7 +479,7 @@ def compare_solvers(folder: Path, overrides=()) -> Path:
 
     Beside them `dfr_comparison.csv` and `.txt`: accuracies before and after, side by side.
     """
-    import tracking
+    from lab.runs import run as tracking
 
     if "dfr_solver" in _names(overrides):
         raise ConfigError(f"dfr_solver: given with --compare, which takes {', '.join(SOLVERS)}")
@@ -505,7 +505,7 @@ def compare_solvers(folder: Path, overrides=()) -> Path:
 
 def _run_config(folder: Path, overrides) -> Config:
     """A run's configuration with other settings of DFR. Raises `ConfigError` for other keys."""
-    import config as configuration
+    from lab.config import schema as configuration
 
     used = folder / "config_used.yaml"
     if not used.is_file():
@@ -530,14 +530,14 @@ def load_network(folder: Path, config: Config):
 
     Raises `DataError` when the data are not the run's.
     """
-    import checkpoints
-    import data_loader
-    import model
+    from lab import data_sets as data_loader
+    from lab.networks import mlp as model
+    from lab.training import checkpoints
 
     device = model.choose_device(config.device)
     splits = data_loader.load(config)
     if config.use_feature_extractor:
-        import feature_extractor
+        from lab.features import extraction as feature_extractor
 
         splits = feature_extractor.Extractor(config, device).extract(splits)
     network = model.build_for(config, splits)

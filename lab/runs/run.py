@@ -32,12 +32,12 @@ from typing import NamedTuple
 import filelock
 import numpy as np
 
-import config as configuration
-import files
-import strict_yaml
-from command import Stopped
-from config import Config
-from errors import ConfigError, StorageError, UserError
+from lab.config import schema as configuration
+from lab.config import strict_yaml
+from lab.config.schema import Config
+from lab.system import files
+from lab.system.command import Stopped
+from lab.system.errors import ConfigError, StorageError, UserError
 
 log = logging.getLogger(f"spurious.{__name__}")
 
@@ -569,7 +569,7 @@ def environment(config: Config, device: str, command: list[str]) -> dict:
 def _git(*arguments) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *arguments],
+            ["git", "-C", str(Path(__file__).parent.parent.parent), *arguments],
             capture_output=True,
             text=True,
             timeout=10,

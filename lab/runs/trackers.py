@@ -12,10 +12,10 @@ from operator import getitem
 from pathlib import Path
 from types import SimpleNamespace
 
-import config as configuration
-import files
-import tracking
-from config import Config
+from lab.config import schema as configuration
+from lab.config.schema import Config
+from lab.runs import run as tracking
+from lab.system import files
 
 log = logging.getLogger(f"spurious.{__name__}")
 

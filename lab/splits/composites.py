@@ -13,8 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pictures import BATCH_BYTES, LUMA, scale_
-from sources.picture_files import SIDE
+from lab.splits.pictures import BATCH_BYTES, LUMA, scale_
+from lab.system.picture_files import SIDE
 
 DIGIT, PICTURE = 28, 32  # sides of what is put together
 ENLARGED_DIGIT = 48

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sources.picture_files import BadPicture
+from lab.system.picture_files import BadPicture
 
 # As PIL and torchvision convert to grey: ITU-R 601-2 luma.
 LUMA = (0.299, 0.587, 0.114)

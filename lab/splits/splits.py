@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 
-import groups
-from composites import Composites
-from pictures import Pictures
+from lab.splits import groups
+from lab.splits.composites import Composites
+from lab.splits.pictures import Pictures
 
 
 @dataclass

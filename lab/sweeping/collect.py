@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-import files
-import tracking
-from command import tell
-from config import derive_seed
-from errors import UserError
-from sweeping import figures, plan
+from lab.config.schema import derive_seed
+from lab.runs import run as tracking
+from lab.sweeping import figures, plan
+from lab.system import files
+from lab.system.command import tell
+from lab.system.errors import UserError
 
 RESAMPLES = 10_000
 # Columns of `runs.csv`; the swept keys come after the setting, the final metrics at the end.
@@ -84,7 +84,7 @@ def read(folder: Path) -> Sweep:
     """The manifest and the final metrics of every finished run of a sweep."""
     manifest, notes = plan.read_manifest(folder), []
     if manifest["optuna"]:
-        from sweeping import search  # with optuna, slow to import
+        from lab.sweeping import search  # with optuna, slow to import
 
         manifest, notes = search.with_trials(folder, manifest)
     rows, metric = [], "worst_acc"

@@ -16,8 +16,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-import plotting
-from plot_style import (
+from lab.figures import history as plotting
+from lab.figures.style import (
     BLACK,
     GREEN,
     GREY,
@@ -33,7 +33,7 @@ from plot_style import (
     share_axis,
     zero_line,
 )
-from sweeping import plan
+from lab.sweeping import plan
 
 LINES = 8  # curves in a panel
 PANELS = 6  # values of the first key, one panel each

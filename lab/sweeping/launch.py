@@ -21,16 +21,15 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import NamedTuple
 
-import config as configuration
-import files
-import memory
-import strict_yaml
-import tracking
-from command import tell, whole_step
-from errors import UserError, printable
-from sweeping import plan
+from lab.config import schema as configuration
+from lab.config import strict_yaml
+from lab.runs import run as tracking
+from lab.sweeping import plan
+from lab.system import files, memory
+from lab.system.command import tell, whole_step
+from lab.system.errors import UserError, printable
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PROGRAM = ROOT / "main.py"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 JOB_MEMORY = 2 * 2**30  # bytes that a job on this machine is given room for

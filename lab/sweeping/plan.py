@@ -17,12 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import config as configuration
-import files
-import strict_yaml
-import tracking
-from errors import ConfigError, UserError
-from strict_yaml import show
+from lab.config import schema as configuration
+from lab.config import strict_yaml
+from lab.config.strict_yaml import show
+from lab.runs import run as tracking
+from lab.system import files
+from lab.system.errors import ConfigError, UserError
 
 MANIFEST = "manifest.json"
 BASE = "config.yaml"  # the base configuration as it was when the sweep began

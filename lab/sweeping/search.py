@@ -34,13 +34,13 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState
 
-import config as configuration
-import files
-from command import exit_code, tell
-from config import Config, derive_seed
-from errors import ConfigError
-from strict_yaml import show
-from sweeping import launch, plan
+from lab.config import schema as configuration
+from lab.config.schema import Config, derive_seed
+from lab.config.strict_yaml import show
+from lab.sweeping import launch, plan
+from lab.system import files
+from lab.system.command import exit_code, tell
+from lab.system.errors import ConfigError
 
 JOURNAL = "optuna_journal.log"
 STUDY = "sweep"

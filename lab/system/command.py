@@ -14,8 +14,8 @@ import threading
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 
-import files
-from errors import ConfigError, UserError
+from lab.system import files
+from lab.system.errors import ConfigError, UserError
 
 STOPPING = [
     getattr(signal, name)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from lab.system.errors import UserError
 
 
 def grouped() -> bool:

@@ -13,7 +13,7 @@ import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from errors import StorageError
+from lab.system.errors import StorageError
 
 # What the disk says, not the program: everything else is a fault and keeps its traceback.
 REFUSALS = {

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from errors import DataError
-from sources import zip_files
+from lab.system import zip_files
+from lab.system.errors import DataError
 
 SIDE = 224
 MAX_FILE_BYTES = 64 * 2**20

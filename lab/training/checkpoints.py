@@ -11,8 +11,8 @@ from functools import partial
 
 import torch
 
-import files
-from errors import DataError, UserError
+from lab.system import files
+from lab.system.errors import DataError, UserError
 
 log = logging.getLogger(f"spurious.{__name__}")
 

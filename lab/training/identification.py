@@ -16,15 +16,14 @@ from pathlib import Path
 
 import torch
 
-import distributed
-import files
-import metrics
-import model
-import trainer
-from config import Config
-from config_facts import ANALYSES
-from errors import DataError, UserError
-from splits import Splits
+from lab.config.facts import ANALYSES
+from lab.config.schema import Config
+from lab.evaluation import metrics
+from lab.networks import mlp as model
+from lab.splits.splits import Splits
+from lab.system import distributed, files
+from lab.system.errors import DataError, UserError
+from lab.training import loop as trainer
 
 log = logging.getLogger(f"spurious.{__name__}")
 

@@ -19,19 +19,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import analysis
-import checkpoints
-import distributed
-import files
-import methods
-import metrics
-from analysis import Analyses
-from command import Stopped, whole_step
-from config import Config, derive_seed
-from config_facts import BATCH_NORM
-from errors import DataError, UserError
-from model import parameter_groups
-from splits import Split, Splits
+from lab import methods
+from lab.analyses import gram as analysis
+from lab.analyses.gram import Analyses
+from lab.config.facts import BATCH_NORM
+from lab.config.schema import Config, derive_seed
+from lab.evaluation import metrics
+from lab.networks.mlp import parameter_groups
+from lab.splits.splits import Split, Splits
+from lab.system import distributed, files
+from lab.system.command import Stopped, whole_step
+from lab.system.errors import DataError, UserError
+from lab.training import checkpoints
 
 log = logging.getLogger(f"spurious.{__name__}")
 

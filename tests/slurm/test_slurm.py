@@ -17,9 +17,9 @@ import pandas as pd
 import pytest
 import yaml
 
-import config_facts
 import sweep
-from sweeping import launch, plan
+from lab.config import facts as config_facts
+from lab.sweeping import launch, plan
 
 pytestmark = pytest.mark.slurm
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol")

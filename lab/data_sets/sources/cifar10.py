@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from joblib import Parallel, cpu_count, delayed
 
-from errors import DataError
-from sources.picture_files import Damaged, Folder, decode, raise_problems
+from lab.system.errors import DataError
+from lab.system.picture_files import Damaged, Folder, decode, raise_problems
 
 log = logging.getLogger(f"spurious.{__name__}")
 

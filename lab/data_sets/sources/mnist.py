@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-import files
-from errors import DataError
-from sources import zip_files
+from lab.system import files, zip_files
+from lab.system.errors import DataError
 
 log = logging.getLogger(f"spurious.{__name__}")
 

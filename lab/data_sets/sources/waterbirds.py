@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import DataError
-from sources.picture_files import (
+from lab.system.errors import DataError
+from lab.system.picture_files import (
     Archive,
     Damaged,
     Folder,

@@ -1,0 +1,1 @@
+"""Frozen backbones, their extraction and its cache."""

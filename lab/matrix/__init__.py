@@ -1,0 +1,1 @@
+"""Which attributes are shortcuts for which: networks, tables and figures."""

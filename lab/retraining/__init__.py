@@ -1,0 +1,1 @@
+"""Last layers trained anew on frozen features (DFR)."""

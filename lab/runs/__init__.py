@@ -1,0 +1,1 @@
+"""One run's results folder: tables, status, resuming, trackers."""

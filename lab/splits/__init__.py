@@ -1,0 +1,1 @@
+"""What a group is, and group-structured splits of pictures or vectors."""
