@@ -30,7 +30,7 @@ from lab.features import extraction as feature_extractor
 from lab.splits.splits import Split, Splits
 from lab.system.errors import ConfigError, DataError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -30,7 +30,7 @@ from lab.networks import mlp as model
 from lab.runs import run as tracking
 from lab.training import loop as trainer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = [
     "Bangs", "Blond_Hair", "Chubby", "Big_Lips", "Eyeglasses", "Male", "Smiling", "Wearing_Hat",
 ]  # fmt: skip

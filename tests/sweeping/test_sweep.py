@@ -21,7 +21,7 @@ from lab.config import strict_yaml
 from lab.sweeping import launch, plan
 from lab.system.errors import ConfigError, UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PRESETS = sorted(ROOT.glob("sweeps/*.yaml"))
 
 # Stands for main.py: what a sweep needs of a run, in no time. What it does is told by `data_dir`.

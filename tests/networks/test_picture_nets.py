@@ -24,7 +24,7 @@ from lab.retraining import head as dfr
 from lab.system.errors import ConfigError, DataError
 from lab.training import loop as trainer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def build(name, shape=(3, 32, 32), num_outputs=1, **keys):

@@ -12,7 +12,7 @@ from lab.config import strict_yaml
 from lab.config.schema import derive_seed, load_config, validate
 from lab.system.errors import ConfigError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def problems(document=None, overrides=(), tmp_path=None, text=None):

@@ -25,7 +25,7 @@ from lab.config.schema import Config, load_config, validate
 from lab.figures import history as plotting
 from lab.system.errors import ConfigError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 EXAMPLES = int(os.environ.get("SPURIOUS_FUZZ_EXAMPLES", 100))
 RUNS = max(20, EXAMPLES // 100)
 FIELDS = {name: field for name, field, _ in configuration.fields()}

@@ -20,7 +20,7 @@ import sweep
 from lab.sweeping import collect, figures, launch, plan, search
 from lab.system.errors import ConfigError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 # Stands for main.py. The accuracy grows with the learning rate and the epochs; it ends at
 # learning_rate + seed / 100. What else it does is told by experiment_name.

@@ -26,7 +26,7 @@ from lab.system import files
 from lab.system.command import Stopped, exit_code, stop_signals, whole_step
 from lab.training import loop as trainer
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = [
     "num_train_samples=200", "num_test_samples=60", "num_val_samples=40", "hidden_dim=8",
     "epochs=4", "checkpoint_every=2", "dfr_num_workers=1", "dfr_num_retrains=2",
