@@ -14,7 +14,8 @@ import time
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
-from lab.config import schema as configuration
+from lab.config import document, loading, records
+from lab.config.registry import Catalogue, imported
 from lab.config.schema import Config
 from lab.system.command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, tell
 
@@ -37,10 +38,10 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
 
     with distributed.process_group(device):
         splits, network, facts = None, None, {}
-        loading = time.perf_counter()
+        started = time.perf_counter()
         if resume is None or resume.phase != "plots":
             splits, network, facts = distributed.together(lambda: _load(config, device))
-        loading = time.perf_counter() - loading
+        seconds = time.perf_counter() - started
 
         def opened():
             if distributed.rank() > 0:
@@ -58,7 +59,7 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
                 results.add_tracker(trackers.start_tensorboard(config, folder))
             diverged = None
             if splits:
-                results.time("loading", loading)
+                results.time("loading", seconds)
                 results.save_data(splits.count_rows(), splits.samples)
                 diverged = _learn(config, splits.to(device), network.to(device), results)
             if results.leads:
@@ -102,10 +103,8 @@ def _learn(config: Config, splits, network, results):
     from lab.training import checkpoints
     from lab.training import loop as trainer
 
-    if config.debias_method == "JTT":
-        from lab.training import identification
-
-        splits = identification.identify(splits, config, results, splits.train.y.device)
+    if config.method.stage:
+        splits = imported(config.method.stage)(splits, config, results)
     try:
         summaries, best = trainer.train(network, splits, config, results)
     except trainer.Diverged as error:
@@ -133,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         if arguments.help:
             print(_parser().format_help() + "\nKeys, with their defaults:\n")
-            print(configuration.help_text())
+            print(document.help_text(_records_for_help(arguments)))
             return
         resume = None
         if arguments.resume:
@@ -147,8 +146,10 @@ def main(argv: list[str] | None = None) -> int:
                 return
         else:
             file = arguments.config or DEFAULT_CONFIG_FILE
-            config = configuration.load_config(file, arguments.overrides)
+            config = loading.load_config(file, arguments.overrides, trust_plugins=True)
         with console_log() as early_log:
+            for note in config.notes:
+                log.info("%s", note)
             if config.ignored:
                 log.info("Given, but without effect here: %s", "; ".join(config.ignored))
             try:
@@ -159,6 +160,15 @@ def main(argv: list[str] | None = None) -> int:
                 raise
 
     return exit_code(experiment)
+
+
+def _records_for_help(arguments) -> Catalogue:
+    """The records whose keys `--help` lists: with plugins, if the configuration names any."""
+    file, overrides = arguments.config or DEFAULT_CONFIG_FILE, arguments.overrides
+    if not Path(file).exists() and not arguments.config:
+        return records.BUILT_IN
+    settings, _ = loading.read(file, overrides)
+    return loading.catalogue(settings, file, overrides, trust_plugins=True)
 
 
 def _parser() -> Parser:

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.common import PIXELS, interleaved, peak_memory, problem, report
 from lab import methods
-from lab.analyses.gram import Analyses
+from lab.analyses.measuring import Analyses
 from lab.evaluation import metrics
 
 

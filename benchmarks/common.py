@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from lab.config import schema as configuration
+from lab.config import loading
 from lab.networks import mlp as model
 from lab.splits.splits import Split, Splits
 
@@ -15,7 +15,7 @@ PIXELS = 2352  # 3 × 28 × 28
 
 def problem(samples: int, **keys):
     """(network, splits, config): random inputs of unit norm at the size of ColoredMNIST."""
-    config = configuration.validate(
+    config = loading.validate(
         {"num_hidden_layers": 2, "hidden_dim": 512, "learning_rate": 0.1, "use_dfr": False} | keys
     )
     shares = (0.45, 0.05, 0.05, 0.45)

@@ -53,9 +53,9 @@ def draw_archive(path: Path, number: int) -> None:
 
 
 def _config(folder: Path):
-    from lab.config import schema as config
+    from lab.config import loading
 
-    return config.validate(
+    return loading.validate(
         {
             "use_feature_extractor": True,
             "feature_extractor_weights": "random",
@@ -105,7 +105,7 @@ def twin(data_dir: Path, folder: Path, fraction: float) -> dict:
     import torchvision
     from torchvision.transforms import functional
 
-    from lab.config.schema import derive_seed
+    from lab.config.seeds import derive_seed
     from lab.features import backbones
 
     start = time.perf_counter()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from lab.config import schema as configuration
+from lab.config import loading
 from lab.splits.splits import Split, Splits
 
 # The same examples every time, and nothing written into the tree: even without a database
@@ -72,7 +72,7 @@ def settings(data_dir, tmp_path):
             "dfr_num_workers": 1,
             "wandb": {"enable": False},
         }
-        return configuration.validate(small | keys)
+        return loading.validate(small | keys)
 
     return make
 

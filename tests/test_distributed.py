@@ -10,7 +10,7 @@ import pytest
 from conftest import make_splits
 
 import main
-from lab.config.schema import validate
+from lab.config.loading import validate
 from lab.networks import mlp as model
 from lab.system import distributed
 from lab.system.errors import ConfigError

@@ -12,7 +12,6 @@ from test_cifar10 import write_folder
 from test_resume import assert_equal, at_call, sent
 
 import main
-from lab.config import facts as config_facts
 from lab.figures import history as plotting
 from lab.retraining import head as dfr
 from lab.runs import run as tracking
@@ -25,7 +24,7 @@ TEN = {
     "learning_rate": 0.02, "momentum": 0.9, "weight_decay": 1e-3, "checkpoint_every": 1,
     "dfr_val_split_strategy": "target", "dfr_c_options": "[1.0, 0.1]", "dfr_num_workers": 1,
     "scheduler": "cosine", "wandb.enable": "false", "show_and_save_samples": "false",
-    **{f"analyze_{name}": "false" for name in config_facts.ANALYSES},
+    "analyses": "none",
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 import main as program
-from lab.config.schema import validate
+from lab.config.loading import validate
 from lab.runs.run import ANALYSIS_COLUMNS
 
 ROOT = Path(__file__).parent.parent

@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-from lab import methods
-from lab.config import schema as configuration
+from lab.config import document
+from lab.config.records import BUILT_IN
+from lab.config.registry import Method
 from lab.runs import run as tracking
 
 ROOT = Path(__file__).parent.parent
@@ -12,7 +13,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_keys_is_the_generated_one():
-    assert configuration.markdown_table() in README, "replace it by what `python config.py` prints"
+    assert document.markdown_table() in README, "replace it by what `python config.py` prints"
 
 
 def test_the_two_commands_are_on_the_first_screen():
@@ -25,7 +26,7 @@ def test_pictures_exist_and_methods_and_files_are_named():
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
         assert (ROOT / path).exists(), path
         assert (ROOT / path).stat().st_size < 1_000_000
-    for name in methods.METHODS:
+    for name in BUILT_IN.of(Method):
         assert f"`{name}`" in README
     for name in ("training_history.csv", "analysis.csv", "group_counts.csv", "timings.csv"):
         assert f"`{name}`" in README

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lab.config import schema as configuration
+from lab.config import loading
 from lab.config.facts import END_TO_END
 from lab.evaluation import metrics
 from lab.retraining import head as dfr
@@ -82,7 +82,7 @@ def explain(folder: Path) -> None:
     used = folder / "config_used.yaml"
     if not used.is_file():
         raise ConfigError(f"--gradcam: given {folder}, but there is no {used}")
-    config = configuration.load_config(used)
+    config = loading.load_config(used)
     if config.model_name not in END_TO_END:
         raise UserError(
             f"--gradcam: the network of {folder} is an {config.model_name}, which has no "

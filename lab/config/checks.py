@@ -1,178 +1,134 @@
-"""What the configuration checks across keys, and which keys have an effect with which others."""
+"""Checks across keys: combinations of settings that are not allowed, from the facts of the records.
 
-from lab.config.facts import (
-    ANALYSES,
-    BATCH_NORM,
-    CELEBA_PARTS,
-    DOMINOES_PARTS,
-    DOMINOES_PICTURES,
-    DRAWN_TO_MOMENTS,
-    END_TO_END,
-    FULL_BATCH_METHODS,
-    HAS_OFFICIAL_VALIDATION,
-    HAS_TARGET,
-    RESNET_MAPS,
-    RESNETS,
-    SEVERAL_TASKS_METHODS,
-    TARGET_METHODS,
-    VIT_BLOCKS,
+What only one data set or method checks belongs to its record, see `lab.config.rules`.
+"""
+
+from collections.abc import Iterator
+
+from lab.config.keys import PAIRS
+from lab.config.registry import (
+    Analysis,
+    Backbone,
+    Catalogue,
+    DataSet,
+    Loss,
+    Method,
+    Network,
 )
 from lab.config.strict_yaml import show
 from lab.splits import groups
-from lab.system import memory
-
-PAIRS = "a list of pairs of different groups, each [[y, a], [y, a]] with -1 or 1"
 
 
 class _Wrong(Exception):
     """A check needs a key whose value is wrong by itself."""
 
 
-class Values(dict):
-    """Keys with their values; reading one that is wrong by itself ends the check that reads it."""
+class Values:
+    """Settings as attributes; reading one that is wrong by itself ends the check that reads it."""
 
-    def __missing__(self, name):
-        raise _Wrong
+    def __init__(self, values: dict, catalogue: Catalogue):
+        self._values, self.catalogue = values, catalogue
+
+    def __getattr__(self, name: str):
+        if name not in self._values:
+            raise _Wrong
+        return self._values[name]
+
+    @property
+    def data_set(self) -> DataSet:
+        return self.catalogue.of(DataSet)[self.dataset_name].with_settings(self)
+
+    @property
+    def network(self) -> Network:
+        return self.catalogue.of(Network)[self.model_name]
+
+    @property
+    def method(self) -> Method:
+        return self.catalogue.of(Method)[self.debias_method]
+
+    @property
+    def loss(self) -> Loss:
+        return self.catalogue.of(Loss)[self.loss_function]
 
 
-def problems(values: Values) -> list[str]:
+def problems(c: Values) -> list[str]:
     """One line for every combination of values that is not allowed."""
-    found = []
+    found: list[str] = []
     for check in CHECKS:
         try:
-            found += list(check(values))
+            for line in check(c):
+                found.append(line)
         except _Wrong:
             continue
     return found
 
 
-def _drawn_to_moments(dataset: str, dominoes_classes: str) -> bool:
-    """Whether the groups are drawn to the configured moments."""
-    return dataset in DRAWN_TO_MOMENTS and (dataset != "Dominoes" or dominoes_classes == "binary")
+def _names(catalogue: Catalogue, kind, fact) -> str:
+    """The records of a kind with a fact, for what a message allows."""
+    return ", ".join(name for name, record in catalogue.of(kind).items() if fact(record))
 
 
-def _check_moments(c, split):
-    if not _drawn_to_moments(c["dataset_name"], c["dominoes_classes"]):
+def _check_data_set(c) -> Iterator[str]:
+    yield from c.data_set.checks(c)
+
+
+def _check_moments(c, split: str) -> Iterator[str]:
+    if not c.data_set.drawn_to_moments:
         return
-    y_mean, a_mean = c[f"{split}_label_marginal"], c[f"{split}_attribute_marginal"]
-    cov = c[f"{split}_correlation"]
-    worst = min(range(4), key=lambda g: groups.probabilities(y_mean, a_mean, cov)[g])
-    lowest = groups.probabilities(y_mean, a_mean, cov)[worst]
-    if lowest < -1e-9:
+    moments = ("label_marginal", "attribute_marginal", "correlation")
+    y_mean, a_mean, cov = (getattr(c, f"{split}_{moment}") for moment in moments)
+    shares = groups.probabilities(y_mean, a_mean, cov)
+    worst = min(range(4), key=lambda g: shares[g])
+    if shares[worst] < -1e-9:
         low = max(-(1 + y_mean) * (1 + a_mean), -(1 - y_mean) * (1 - a_mean))
         high = min((1 + y_mean) * (1 - a_mean), (1 - y_mean) * (1 + a_mean))
         yield (
             f"{split}_correlation: given {cov:g}, which makes the probability of group "
-            f"{groups.name(worst)} negative ({lowest:.4g}); allowed with label marginal "
+            f"{groups.name(worst)} negative ({shares[worst]:.4g}); allowed with label marginal "
             f"{y_mean:g} and attribute marginal {a_mean:g}: {low:.4g} to {high:.4g}"
         )
 
 
-def _moments_keys(split):
-    return [
-        f"{split}_{moment}" for moment in ("correlation", "label_marginal", "attribute_marginal")
-    ]
+def _check_train_moments(c) -> Iterator[str]:
+    yield from _check_moments(c, "train")
 
 
-def _celeba_splits(c) -> str:
-    """`celeba_splits`, or what null stands for."""
-    return c["celeba_splits"] or ("drawn" if c["debias_method"] in TARGET_METHODS else "official")
+def _check_test_moments(c) -> Iterator[str]:
+    yield from _check_moments(c, "test")
 
 
-def _no_target(c) -> str | None:
-    """Why the data have no target set, if they have none."""
-    if c["dataset_name"] not in HAS_TARGET:
-        return f"{c['dataset_name']} has none"
-    if c["dataset_name"] == "CelebA" and _celeba_splits(c) != "drawn":
-        return "celeba_splits: official has none"
-    return None if c["val_target_size"] else "val_target_size is 0"
-
-
-def _check_strategy(c):
-    dataset, strategy = c["dataset_name"], c["dfr_val_split_strategy"]
-    has = {
-        "original": HAS_OFFICIAL_VALIDATION[dataset],
-        "target": dataset == "Dominoes" or (dataset == "CelebA" and _celeba_splits(c) == "drawn"),
-    }
+def _check_strategy(c) -> Iterator[str]:
+    data_set, strategy = c.data_set, c.dfr_val_split_strategy
+    has = {"original": data_set.official_validation, "target": bool(data_set.target_size)}
     what = {"original": "official validation set", "target": "target set"}
     if not has.get(strategy, True):
         allowed = ["split_from_train", *(name for name in has if has[name])]
-        with_these = " with celeba_splits: official" if dataset == "CelebA" else ""
         yield (
-            f"dfr_val_split_strategy: given {strategy}, but {dataset} has no {what[strategy]}"
-            f"{with_these}; allowed: {', '.join(allowed)}"
+            f"dfr_val_split_strategy: given {strategy}, but {data_set.described} has no "
+            f"{what[strategy]}; allowed: {', '.join(allowed)}"
         )
 
 
-def _check_target_size(c):
-    dataset, size = c["dataset_name"], c["val_target_size"]
-    if dataset == "CelebA" and _celeba_splits(c) == "drawn":
-        parts, more, below = CELEBA_PARTS, "", ""
-        wrong = size % parts
-    elif dataset == "Dominoes":
-        classes = c["dominoes_classes"]
-        parts, there = DOMINOES_PARTS[classes], DOMINOES_PICTURES[classes]
-        wrong = size % parts or size >= there
-        more, below = f" with dominoes_classes {classes}", f" below {there}"
-    else:
+def _check_several_tasks(c) -> Iterator[str]:
+    if c.data_set.tasks == 1:
         return
-    if wrong:
-        yield f"val_target_size: given {size}; allowed{more}: multiples of {parts} from 0{below}"
-    elif c["use_dfr"] and c["dfr_val_split_strategy"] == "target" and not size:
-        yield (
-            "val_target_size: given 0, but dfr_val_split_strategy: target needs a target set; "
-            f"allowed: multiples of {parts} above 0{',' if below else ''}{below}"
-        )
-
-
-def _check_groupings(c):
-    if c["dataset_name"] != "CelebA":
-        return
-    labels = []
-    for text in c["groupings"]:
-        label, _, shortcuts = text.partition(":")
-        names = [label, *shortcuts.split(",")]
-        labels.append(label)
-        if len(set(names)) < len(names):
-            yield f"groupings: given {text}, in which an attribute is there twice"
-    if len(set(labels)) < len(labels):
-        yield "groupings: given two tasks with the same label; allowed: different ones"
-    single = len(c["groupings"]) == 1 and "," not in c["groupings"][0]
-    if _celeba_splits(c) == "drawn" and not single:
-        yield (
-            f"groupings: given {show(c['groupings'])}; allowed with drawn splits: one task with "
-            "one shortcut"
-        )
-    if _celeba_splits(c) == "drawn" and not c["spurious_strength"]:
-        yield "spurious_strength: given 0; allowed with drawn splits of CelebA: above 0, up to 1"
-
-
-def _several_tasks(c) -> bool:
-    return c["dataset_name"] == "CelebA" and len(c["groupings"]) > 1
-
-
-def _check_several_tasks(c):
-    if not _several_tasks(c):
-        return
-    if c["debias_method"] not in SEVERAL_TASKS_METHODS:
-        yield (
-            f"debias_method: given {c['debias_method']}; allowed with several tasks: "
-            f"{', '.join(SEVERAL_TASKS_METHODS)}"
-        )
-    if c["loss_function"] == "cross_entropy":
-        yield "loss_function: given cross_entropy; allowed with several tasks: logistic, mse"
-    if c["use_dfr"]:
+    if not c.method.several_tasks:
+        allowed = _names(c.catalogue, Method, lambda method: method.several_tasks)
+        yield f"debias_method: given {c.debias_method}; allowed with several tasks: {allowed}"
+    if c.loss.class_outputs:
+        allowed = _names(c.catalogue, Loss, lambda loss: not loss.class_outputs)
+        yield f"loss_function: given {c.loss_function}; allowed with several tasks: {allowed}"
+    if c.use_dfr:
         yield "use_dfr: given true; allowed with several tasks: false"
-    if c["train_batch_size"] is None:
+    if c.train_batch_size is None:
         yield "train_batch_size: given null; allowed with several tasks: a whole number"
-    if c["debias_method"] == "JTT" and c["jtt_join"] == "task" and c["num_val_samples"] == 0:
-        yield "num_val_samples: given 0, but jtt_join: task needs validation data"
 
 
-def _check_task_weights(c):
-    weights, number = c["task_weights"], len(c["groupings"])
-    if not _several_tasks(c):
+def _check_task_weights(c) -> Iterator[str]:
+    number = c.data_set.tasks
+    if number == 1:
         return
+    weights = c.task_weights
     ones = weights is None or all(w == 1 for w in weights)
     if weights is not None and (
         len(weights) != number or not (ones or abs(sum(weights) - 1) <= 1e-6)
@@ -181,219 +137,219 @@ def _check_task_weights(c):
             f"task_weights: given {show(weights)}; allowed: null, or {number} weights, all 1 or "
             "adding up to 1"
         )
-    elif not ones and c["loss_balanced_task_weighting"]:
+    elif not ones and c.loss_balanced_task_weighting:
         yield (
             f"task_weights: given {show(weights)}; allowed with loss_balanced_task_weighting: all 1"
         )
-    if c["task_weighting"] != "delta":
+    if c.task_weighting != "delta":
         return
-    if not ones or c["loss_balanced_task_weighting"]:
+    if not ones or c.loss_balanced_task_weighting:
         yield (
             "task_weighting: given delta, which makes the weights; allowed with task_weights or "
             "loss_balanced_task_weighting: fixed"
         )
-    if c["num_val_samples"] == 0:
-        yield "num_val_samples: given 0, but task_weighting: delta needs validation data"
-    if any("," in text for text in c["groupings"]):
+    if getattr(c, c.data_set.validation_size) == 0:
+        yield (
+            f"{c.data_set.validation_size}: given 0, but task_weighting: delta needs validation "
+            "data"
+        )
+    if not c.data_set.four_groups:
         yield "groupings: task_weighting: delta needs one shortcut attribute for each task"
 
 
-def _check_loss(c):
-    dataset = c["dataset_name"]
-    ten = dataset == "Dominoes" and c["dominoes_classes"] == "ten"
-    if (ten or dataset == "SpuriousMNIST") and c["loss_function"] != "cross_entropy":
-        why = "dominoes_classes: ten has ten classes" if ten else f"{dataset} has classes"
-        yield f"loss_function: given {c['loss_function']}, but {why}; allowed: cross_entropy"
+def _check_loss(c) -> Iterator[str]:
+    if c.data_set.class_indices and not c.loss.class_outputs:
+        allowed = _names(c.catalogue, Loss, lambda loss: loss.class_outputs)
+        yield (
+            f"loss_function: given {c.loss_function}, but the labels of {c.dataset_name} are "
+            f"classes here; allowed: {allowed}"
+        )
 
 
-def _check_labels(c):
-    labels = c["labels"]
-    if len(set(labels)) < len(labels):
-        yield f"labels: given {show(labels)}; allowed: a list of 2 to 10 different digits"
+def wanted(c, record: Analysis) -> bool:
+    """Whether the master switch `analyses` asks for an analysis."""
+    chosen = c.analyses
+    if isinstance(chosen, str):
+        return chosen == "all" or (chosen == "standard" and record.standard)
+    return record.name in chosen
 
 
-def _check_features(c, name):
-    unknown = [label for label in c[name] or {} if int(label) not in c["labels"]]
+def _check_analyses(c) -> Iterator[str]:
+    known = c.catalogue.of(Analysis)
+    given = c.analyses if isinstance(c.analyses, list) else []
+    unknown = [name for name in given if name not in known]
     if unknown:
         yield (
-            f"{name}: given for {', '.join(unknown)}; allowed: the labels, "
-            f"{', '.join(map(str, c['labels']))}"
+            f"analyses: given {', '.join(unknown)}; allowed: standard, all, none, or a list of "
+            f"{', '.join(known)}"
         )
-
-
-def _check_scalar(c):
-    asked = [name for name in _analyze_keys() if c[name]]
-    reason = None
-    if c["loss_function"] == "cross_entropy":
-        reason = "loss_function cross_entropy"
-    elif _several_tasks(c):
-        reason = "several tasks"
-    elif c["dataset_name"] == "CelebA" and "," in "".join(c["groupings"]):
-        reason = "more than one shortcut attribute"
-    if reason and asked:
+    refused: dict[str, list[str]] = {}
+    for name, record in known.items():
+        explicit = getattr(c, record.switch)
+        named = f"analyses: [{name}]" if name in given and explicit is None else ""
+        asked = record.switch if explicit else named
+        if asked and (reason := record.applies(c)):
+            refused.setdefault(reason, []).append(asked)
+    for reason, names in refused.items():
         yield (
-            f"{', '.join(asked)}: given true, but the analyses need a scalar output and four "
-            f"groups; allowed with {reason}: false"
+            f"{', '.join(names)}: given true, but these analyses need a scalar output and four "
+            f"groups; allowed with {reason}: false, null"
         )
 
 
-def _check_image_size(c):
-    key = {"Dominoes": "image_size", "CelebA": "target_resolution"}.get(c["dataset_name"])
-    if key and c["use_feature_extractor"] and c[key] != 224:
+def _check_side(c) -> Iterator[str]:
+    side = c.data_set.side
+    if side and c.use_feature_extractor and getattr(c, side) != 224:
         yield (
-            f"{key}: given {c[key]}, but feature extractors take pictures of 224 pixels; allowed "
-            "with use_feature_extractor: 224"
+            f"{side}: given {getattr(c, side)}, but feature extractors take pictures of 224 "
+            "pixels; allowed with use_feature_extractor: 224"
         )
 
 
-def _check_layer(c):
-    layer, name = c["dfr_target_layer"], c["model_name"]
-    if not c["use_dfr"] or layer == "last_hidden":
+def _check_inputs(c) -> Iterator[str]:
+    if c.use_feature_extractor and c.data_set.inputs != "pictures":
+        yield (
+            f"use_feature_extractor: given true, which takes pictures, but {c.dataset_name} has "
+            f"{c.data_set.inputs}; allowed: false"
+        )
+    if not c.network.pictures:
         return
-    if c["dfr_solver"] == "sgd":
+    if c.use_feature_extractor:
+        allowed = _names(c.catalogue, Network, lambda network: not network.pictures)
+        yield (
+            f"model_name: given {c.model_name}, which takes pictures, with "
+            f"use_feature_extractor: true; allowed: {allowed}, or use_feature_extractor: false"
+        )
+    if c.data_set.inputs != "pictures":
+        allowed = _names(c.catalogue, Network, lambda network: not network.pictures)
+        yield (
+            f"model_name: given {c.model_name}, which takes pictures, but {c.dataset_name} has "
+            f"{c.data_set.inputs}; allowed: {allowed}"
+        )
+
+
+def _check_layer(c) -> Iterator[str]:
+    layer = c.dfr_target_layer
+    if not c.use_dfr or layer == "last_hidden":
+        return
+    number, depth = int(layer.removeprefix("layer_")), c.network.depth
+    if c.dfr_solver == "sgd":
         yield (
             f"dfr_target_layer: given {layer}, but dfr_solver: sgd retrains the last layer; "
             "allowed: last_hidden"
         )
-        return
-    if name in END_TO_END and int(layer[6:]) > 0:
+    elif not depth and number > 0:
         yield (
-            f"dfr_target_layer: given {layer}, but the layers of a {name} have no numbers; "
-            "allowed: last_hidden, layer_0"
+            f"dfr_target_layer: given {layer}, but the layers of a {c.model_name} have no "
+            "numbers; allowed: last_hidden, layer_0"
         )
-    if name == "MLP" and int(layer[6:]) > c["num_hidden_layers"]:
+    elif depth and number > getattr(c, depth):
         yield (
-            f"dfr_target_layer: given {layer}, but the network has {c['num_hidden_layers']} "
-            f"hidden layer(s); allowed: last_hidden, layer_0 to layer_{c['num_hidden_layers']}"
-        )
-
-
-def _check_inputs(c):
-    if c["model_name"] in END_TO_END and c["use_feature_extractor"]:
-        yield (
-            f"model_name: given {c['model_name']}, which takes pictures, with "
-            "use_feature_extractor: true; allowed: MLP, or use_feature_extractor: false"
+            f"dfr_target_layer: given {layer}, but the network has {getattr(c, depth)} "
+            f"hidden layer(s); allowed: last_hidden, layer_0 to layer_{getattr(c, depth)}"
         )
 
 
-def _check_method(c):
-    method, why = c["debias_method"], _no_target(c)
-    if method in TARGET_METHODS and why:
-        yield f"debias_method: given {method}, which trains on a target set, but {why}"
-    if method == "SCALE" and c["optimizer"] != "SGD":
-        yield f"optimizer: given {c['optimizer']}; allowed with debias_method SCALE: SGD"
-    if method == "SCALE" and c["train_batch_size"] is None:
-        yield "train_batch_size: given null; allowed with debias_method SCALE: a whole number"
-
-
-def _check_batch_norm(c):
-    if c["model_name"] in BATCH_NORM and c["group_batches"] == "full":
+def _check_method(c) -> Iterator[str]:
+    method, data_set = c.method, c.data_set
+    name = f"debias_method: given {c.debias_method}"
+    if method.needs_target:
+        why = None if data_set.target_size else f"{data_set.described} has none"
+        if data_set.target_size and not getattr(c, data_set.target_size):
+            why = f"{data_set.target_size} is 0"
+        if why:
+            yield f"{name}, which trains on a target set, but {why}"
+    if c.optimizer not in method.optimizers:
         yield (
-            f"group_batches: given full, but {c['model_name']} has batch norm, which needs the "
+            f"optimizer: given {c.optimizer}; allowed with debias_method {c.debias_method}: "
+            f"{', '.join(method.optimizers)}"
+        )
+    if method.mini_batches and c.train_batch_size is None:
+        yield (
+            "train_batch_size: given null; allowed with debias_method "
+            f"{c.debias_method}: a whole number"
+        )
+    yield from method.checks(c)
+
+
+def _check_network(c) -> Iterator[str]:
+    yield from c.network.checks(c)
+
+
+def _check_batch_norm(c) -> Iterator[str]:
+    if c.network.batch_norm and c.group_batches == "full":
+        yield (
+            f"group_batches: given full, but {c.model_name} has batch norm, which needs the "
             "groups mixed; allowed: mini, null"
         )
-    if c["model_name"] in BATCH_NORM and c["train_batch_size"] is None:
+    if c.network.batch_norm and c.train_batch_size is None:
         yield (
             f"train_batch_size: given null, which is the full batch at once for the batch norm of "
-            f"{c['model_name']}; allowed: a whole number"
+            f"{c.model_name}; allowed: a whole number"
         )
 
 
-def _validation_key(dataset: str) -> str:
-    return "val_target_size" if dataset == "Dominoes" else "num_val_samples"
-
-
-def _check_early_stopping(c):
-    patience, val = c["early_stopping_patience"], _validation_key(c["dataset_name"])
-    if patience and c[val] == 0:
+def _check_early_stopping(c) -> Iterator[str]:
+    patience, size = c.early_stopping_patience, c.data_set.validation_size
+    if patience and getattr(c, size) == 0:
         yield (
-            f"early_stopping_patience: given {patience}, which goes by the validation loss, but "
-            f"{val} is 0; allowed: null, or {val} above 0"
+            f"early_stopping_patience: given {patience}, which needs the validation loss, but "
+            f"{size} is 0; allowed: null, or {size} above 0"
         )
 
 
-def _check_best(c):
-    val = _validation_key(c["dataset_name"])
-    if c["use_dfr"] and c["dfr_network"] == "best" and c[val] == 0:
+def _check_best(c) -> Iterator[str]:
+    size = c.data_set.validation_size
+    if c.use_dfr and c.dfr_network == "best" and getattr(c, size) == 0:
         yield (
-            f"dfr_network: given best, which validation data tell, but {val} is 0; allowed: last"
+            f"dfr_network: given best, which validation data choose, but {size} is 0; allowed: last"
         )
 
 
-def _reuses_train(dataset: str, dfr_reuse_train: bool) -> bool:
-    """Whether DFR's data are those of training, so that nothing is set aside."""
-    return dataset == "SpuriousMNIST" and dfr_reuse_train
-
-
-def _check_ratio(c):
-    if (
-        c["use_dfr"]
-        and c["dfr_val_split_strategy"] == "split_from_train"
-        and not c["dfr_val_ratio"]
-        and not _reuses_train(c["dataset_name"], c["dfr_reuse_train"])
-    ):
+def _check_ratio(c) -> Iterator[str]:
+    split_off = c.dfr_val_split_strategy == "split_from_train"
+    if c.use_dfr and split_off and not c.dfr_val_ratio and not c.data_set.retrains_on_train:
         yield "dfr_val_ratio: given 0, which leaves DFR no data; allowed: above 0, below 1"
 
 
-def _check_block(c):
-    name, block = c["feature_extractor_model_name"], c["feature_extractor_vit_target_block"]
-    count = VIT_BLOCKS.get(name)
-    if c["use_feature_extractor"] and count and not -count <= block < count:
+def _check_backbone(c) -> Iterator[str]:
+    name = c.feature_extractor_model_name
+    backbone = c.catalogue.of(Backbone).get(name)
+    if not c.use_feature_extractor or backbone is None:
+        return
+    block, count = c.feature_extractor_vit_target_block, backbone.blocks
+    if count and not -count <= block < count:
         yield (
             f"feature_extractor_vit_target_block: given {block}, but {name} has {count} blocks; "
             f"allowed: 0 to {count - 1}, or -{count} to -1"
         )
-
-
-def _check_pooling(c):
-    layer = c["feature_extractor_resnet_intermediate_layer"]
-    size = c["feature_extractor_resnet_pooling_output_size"]
-    uses_layer = c["feature_extractor_model_name"] in RESNETS and layer in RESNET_MAPS
-    if c["use_feature_extractor"] and uses_layer and size > RESNET_MAPS[layer]:
-        side = RESNET_MAPS[layer]
+    size = c.feature_extractor_resnet_pooling_output_size
+    layer = c.feature_extractor_resnet_intermediate_layer
+    side = (backbone.maps or {}).get(layer)
+    if side and size > side:
         yield (
             f"feature_extractor_resnet_pooling_output_size: given {size}, but {layer} has maps of "
             f"{side} × {side}; allowed: 1 to {side}"
         )
 
 
-def _check_pairs(c, section):
-    for pair in c[section].group_pairs:
-        if pair[0] == pair[1] or 0 in pair[0] + pair[1]:
-            yield f"{section}.group_pairs: given {show(pair)}; allowed: {PAIRS}"
+def _check_pairs(c) -> Iterator[str]:
+    for name, record in c.catalogue.of(Analysis).items():
+        for pair in getattr(c, name).group_pairs if record.pairs else ():
+            if pair[0] == pair[1] or 0 in pair[0] + pair[1]:
+                yield f"{name}.group_pairs: given {show(pair)}; allowed: {PAIRS}"
 
 
-def _analyze_keys() -> list[str]:
-    return [f"analyze_{name}" for name in ANALYSES]
-
-
-def _check_memory(c):
-    there = memory.available()
-    width, depth = c["hidden_dim"], c["num_hidden_layers"]
-    needed = memory.training_bytes((depth - 1) * width**2, c["optimizer"], c["momentum"])
-    if c["model_name"] == "MLP" and c["device"] != "cuda" and there and needed > there:
-        yield (
-            f"hidden_dim, num_hidden_layers: given {width}, {depth}, which is at least "
-            f"{memory.shown(needed)} for parameters, gradients and optimizer, but "
-            f"{memory.shown(there)} are there; allowed: less"
-        )
-
-
-CHECKS = [
-    lambda c: _check_moments(c, "train"),
-    lambda c: _check_moments(c, "test"),
+CHECKS = (
+    _check_train_moments,
+    _check_test_moments,
     _check_strategy,
-    _check_target_size,
-    _check_groupings,
+    _check_data_set,
     _check_several_tasks,
     _check_task_weights,
-    _check_image_size,
+    _check_side,
     _check_loss,
-    _check_labels,
-    lambda c: _check_features(c, "spurious_features"),
-    lambda c: _check_features(c, "opposite_spurious_features"),
-    lambda c: _check_features(c, "dfr_spurious_features"),
-    _check_scalar,
+    _check_analyses,
     _check_inputs,
     _check_layer,
     _check_method,
@@ -401,265 +357,7 @@ CHECKS = [
     _check_early_stopping,
     _check_best,
     _check_ratio,
-    _check_block,
-    _check_pooling,
-    lambda c: _check_pairs(c, "gap_dynamics_factors"),
-    lambda c: _check_pairs(c, "static_dynamic_decomposition"),
-    _check_memory,
-]
-
-
-def _has_tasks(c) -> bool:
-    return c.dataset_name == "CelebA" and len(c.groupings) > 1
-
-
-def _is_drawn(c) -> bool:
-    return c.dataset_name == "CelebA" and c.celeba_splits == "drawn"
-
-
-# Keys that only some settings use: (condition under which they count, why they do not, keys).
-EFFECT = [
-    (
-        lambda c: c.dataset_name not in ("WaterBirds", "CelebA"),
-        "only for data sets of digits",
-        ["mnist_source"],
-    ),
-    (
-        lambda c: c.dataset_name == "SpuriousMNIST",
-        "only for SpuriousMNIST",
-        [
-            "labels",
-            "spurious_features",
-            "only_spurious",
-            "opposite_spurious_features",
-            "dfr_spurious_features",
-            "dfr_reuse_train",
-        ],
-    ),
-    (lambda c: c.dataset_name != "SpuriousMNIST", "digits are grey", ["use_grayscale"]),
-    (
-        lambda c: c.dataset_name == "Dominoes",
-        "only for Dominoes",
-        ["dominoes_classes", "image_size"],
-    ),
-    (
-        lambda c: c.dataset_name == "CelebA",
-        "only for CelebA",
-        ["groupings", "celeba_splits", "target_resolution"],
-    ),
-    (_is_drawn, "only for CelebA's drawn splits", ["celeba_majority_samples"]),
-    (
-        lambda c: c.dataset_name == "Dominoes" or _is_drawn(c),
-        "only for Dominoes and CelebA's drawn splits",
-        ["val_target_size"],
-    ),
-    (
-        lambda c: (c.dataset_name == "Dominoes" and c.dominoes_classes == "ten") or _is_drawn(c),
-        "only for Dominoes with dominoes_classes: ten and CelebA's drawn splits",
-        ["spurious_strength"],
-    ),
-    (
-        lambda c: not _is_drawn(c),
-        "the drawn splits take it from celeba_majority_samples",
-        ["num_train_samples"],
-    ),
-    (
-        lambda c: c.dataset_name in ("Dominoes", "CelebA") and not c.use_feature_extractor,
-        "only for Dominoes and CelebA without a feature extractor",
-        ["data_augmentation"],
-    ),
-    (
-        lambda c: c.dataset_name != "Dominoes",
-        "Dominoes takes it from val_target_size",
-        ["num_val_samples"],
-    ),
-    (
-        lambda c: c.dataset_name not in ("WaterBirds", "CelebA"),
-        "the data set comes with its groups",
-        _moments_keys("train") + _moments_keys("test"),
-    ),
-    (
-        lambda c: c.dataset_name != "SpuriousMNIST",
-        "SpuriousMNIST has the groups of spurious_features",
-        _moments_keys("train") + _moments_keys("test"),
-    ),
-    (
-        lambda c: c.dataset_name != "Dominoes" or c.dominoes_classes == "binary",
-        "ten classes are paired by spurious_strength",
-        _moments_keys("train") + _moments_keys("test"),
-    ),
-    (
-        lambda c: c.dataset_name in ("WaterBirds", "CelebA"),
-        "only for WaterBirds and CelebA",
-        ["on_bad_image"],
-    ),
-    (
-        lambda c: c.dataset_name in ("WaterBirds", "CelebA") and not _is_drawn(c),
-        "only for the official splits of WaterBirds and CelebA",
-        ["remove_minority_groups_train"],
-    ),
-    (
-        lambda c: c.dfr_val_split_strategy == "split_from_train",
-        "only for split_from_train",
-        ["dfr_val_ratio"],
-    ),
-    (
-        lambda c: not _reuses_train(c.dataset_name, c.dfr_reuse_train),
-        "with dfr_reuse_train nothing is set aside",
-        ["dfr_val_ratio"],
-    ),
-    (lambda c: c.debias_method == "GroupDRO", "only for GroupDRO", ["dro_eta_q"]),
-    (lambda c: c.debias_method == "JTT", "only for JTT", ["jtt_lambda_up", "jtt_error_set"]),
-    (
-        lambda c: c.debias_method == "JTT" and _has_tasks(c),
-        "only for JTT with several tasks",
-        ["jtt_join"],
-    ),
-    (
-        _has_tasks,
-        "only for several tasks",
-        ["task_weights", "loss_balanced_task_weighting", "task_weighting"],
-    ),
-    (
-        lambda c: _has_tasks(c) and c.loss_balanced_task_weighting,
-        "only with loss_balanced_task_weighting",
-        ["lbtw_alpha"],
-    ),
-    (
-        lambda c: c.debias_method == "JTT" and c.jtt_error_set is None,
-        "only for JTT without jtt_error_set",
-        ["jtt_epochs", "jtt_learning_rate", "jtt_weight_decay"],
-    ),
-    (
-        lambda c: getattr(c, _validation_key(c.dataset_name)) != 0,
-        "without validation data",
-        ["best_epoch_by"],
-    ),
-    (lambda c: c.optimizer == "SGD", "only for SGD", ["momentum"]),
-    (
-        lambda c: c.debias_method not in FULL_BATCH_METHODS or c.group_batches == "mini",
-        "the method takes the full batch",
-        ["train_batch_size"],
-    ),
-    (
-        lambda c: c.debias_method in FULL_BATCH_METHODS,
-        "only for IW_uniform and GroupDRO",
-        ["group_batches"],
-    ),
-    (lambda c: c.debias_method == "SCALE", "only for SCALE", ["scale_group_size", "scale_mode"]),
-    (lambda c: c.model_name != "MLP", "not for an MLP", ["mixed_precision"]),
-    (
-        lambda c: c.model_name == "MLP",
-        "only for an MLP",
-        [
-            "initialization_method",
-            "activation_function",
-            "num_hidden_layers",
-            "hidden_dim",
-            "use_skip_connections",
-            "use_bias",
-            "use_zero_bias_initialization",
-        ],
-    ),
-    (
-        lambda c: c.model_name != "MLP" or c.use_bias,
-        "without use_bias",
-        ["use_zero_bias_initialization"],
-    ),
-    (lambda c: c.model_name == "ConvNet", "only for a ConvNet", ["latent_size"]),
-    (
-        lambda c: c.model_name in RESNETS,
-        "only for ResNet18 or ResNet50 as model_name",
-        ["pretrained", "pretrained_weights"],
-    ),
-    (
-        lambda c: c.model_name not in RESNETS or c.pretrained,
-        "without pretrained",
-        ["pretrained_weights"],
-    ),
-    (
-        lambda c: c.use_feature_extractor,
-        "without use_feature_extractor",
-        [
-            "feature_extractor_model_name",
-            "feature_extractor_weights",
-            "feature_extractor_precision",
-            "feature_extractor_batch_size",
-            "features_cache_dir",
-        ],
-    ),
-    (
-        lambda c: c.use_feature_extractor and c.feature_extractor_model_name not in RESNETS,
-        "only for a ViT as feature extractor",
-        ["feature_extractor_vit_target_block", "feature_extractor_vit_aggregation_mode"],
-    ),
-    (
-        lambda c: c.use_feature_extractor and c.feature_extractor_model_name in RESNETS,
-        "only for ResNet18 or ResNet50 as feature extractor",
-        ["feature_extractor_resnet_intermediate_layer"],
-    ),
-    (
-        lambda c: (
-            c.use_feature_extractor
-            and c.feature_extractor_model_name in RESNETS
-            and c.feature_extractor_resnet_intermediate_layer != "avgpool"
-        ),
-        "only for layer1 to layer4 of a ResNet as feature extractor",
-        ["feature_extractor_resnet_pooling_output_size"],
-    ),
-    (
-        lambda c: c.use_dfr,
-        "without use_dfr",
-        [
-            "dfr_network",
-            "dfr_target_layer",
-            "dfr_balance",
-            "dfr_standardize",
-            "dfr_solver",
-            "dfr_reg",
-            "dfr_num_retrains",
-            "dfr_num_workers",
-        ],
-    ),
-    (
-        lambda c: not c.use_dfr or c.dfr_solver == "sklearn",
-        "only for dfr_solver: sklearn",
-        ["dfr_reg", "dfr_c_options", "dfr_num_retrains", "dfr_num_workers"],
-    ),
-    (
-        lambda c: c.use_dfr and c.dfr_solver == "sgd",
-        "only for dfr_solver: sgd",
-        [
-            "dfr_sgd_epochs",
-            "dfr_sgd_learning_rate",
-            "dfr_sgd_batch_size",
-            "dfr_sgd_patience",
-        ],
-    ),
-    (
-        lambda c: not c.use_dfr or c.dfr_solver == "sgd" or c.dfr_balance,
-        "without dfr_balance there is one fit",
-        ["dfr_num_retrains"],
-    ),
-    (
-        lambda c: c.use_dfr and (c.dfr_solver == "sgd" or c.dfr_reg != "none"),
-        "no penalty to choose",
-        ["dfr_c_options"],
-    ),
-]
-
-
-def without_effect(config, given) -> list[str]:
-    """Given keys that count for nothing here, one entry a reason: `a, b (only for SCALE)`."""
-    lines = []
-    for counts, reason, keys in EFFECT:
-        idle = [name for name in keys if name in given]
-        if idle and not counts(config):
-            lines.append(f"{', '.join(idle)} ({reason})")
-    for analysis in ANALYSES:
-        name = f"{analysis}_analysis_epochs"
-        late = [epoch for epoch in getattr(config, name) or [] if epoch > config.epochs]
-        if late:
-            shown = ", ".join(map(str, late[:5])) + (", …" if len(late) > 5 else "")
-            lines.append(f"{name}: {shown} (beyond epochs = {config.epochs})")
-    return lines
+    _check_backbone,
+    _check_pairs,
+    _check_network,
+)

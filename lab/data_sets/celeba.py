@@ -12,7 +12,8 @@ import logging
 import numpy as np
 import torch
 
-from lab.config.schema import Config, derive_seed
+from lab.config.schema import Config
+from lab.config.seeds import derive_seed
 from lab.data_sets import official
 from lab.data_sets.sources import celeba as source_of
 from lab.splits import groups

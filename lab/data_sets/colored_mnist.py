@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from lab.config.schema import Config, derive_seed
+from lab.config.schema import Config
+from lab.config.seeds import derive_seed
 from lab.data_sets.drawing import (
     CHUNK,
     SAMPLES_PER_GROUP,

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lab.config.schema import Config, derive_seed
+from lab.config.schema import Config
+from lab.config.seeds import derive_seed
 from lab.data_sets.drawing import (
     SAMPLES_PER_GROUP,
     Pool,

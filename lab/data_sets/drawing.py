@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from lab.config.schema import Config, channels_standardised
+from lab.config.schema import Config
 from lab.splits import groups
 from lab.splits.splits import Split
 from lab.system.errors import DataError
@@ -114,7 +114,7 @@ def scaling(config: Config) -> str | None:
     if config.normalize_inputs:
         return "norm"
     # Networks that take 224 pixels of Dominoes expect values from 0 to 1, as of other pictures.
-    return "channels" if channels_standardised(config) else None
+    return "channels" if config.channels_standardised else None
 
 
 def prepared(split: Split, config: Config) -> Split:

@@ -5,7 +5,8 @@ import logging
 import numpy as np
 import torch.nn.functional as F
 
-from lab.config.schema import Config, derive_seed
+from lab.config.schema import Config
+from lab.config.seeds import derive_seed
 from lab.data_sets.drawing import SAMPLES_PER_GROUP, hold_out, labels, scaling, shown
 from lab.splits.pictures import Pictures, unreadable
 from lab.splits.splits import Split, Splits

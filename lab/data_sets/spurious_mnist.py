@@ -9,7 +9,9 @@ from fractions import Fraction
 import numpy as np
 import torch
 
-from lab.config.schema import Config, Lines, NoShortcut, SpuriousFeature, Square, derive_seed
+from lab.config.keys import Lines, NoShortcut, SpuriousFeature, Square
+from lab.config.schema import Config
+from lab.config.seeds import derive_seed
 from lab.data_sets.drawing import SAMPLES_PER_GROUP, Pool, hold_out, labels, prepared, shown
 from lab.data_sets.sources import mnist
 from lab.splits import groups

@@ -29,7 +29,8 @@ from torch import nn
 from torch.fx.experimental import optimization
 
 from lab.config.facts import RESNETS, VIT_BLOCKS
-from lab.config.schema import Config, derive_seed
+from lab.config.schema import Config
+from lab.config.seeds import derive_seed
 from lab.splits.pictures import IMAGENET_MEAN, IMAGENET_STD
 from lab.system import files, zip_files
 from lab.system.errors import ConfigError, DataError

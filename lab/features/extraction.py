@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lab.config.schema import Config, load_config
+from lab.config.loading import load_config
+from lab.config.schema import Config
 from lab.features import backbones
 from lab.features import cache as feature_cache
 from lab.features.backbones import SIDE

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.func import functional_call, vmap
 
-from lab.config.schema import Config, derive_seed
+from lab.config.schema import Config
+from lab.config.seeds import derive_seed
 from lab.config.strict_yaml import show
 from lab.evaluation import metrics
 from lab.networks import mlp as model

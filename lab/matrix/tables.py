@@ -23,8 +23,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lab.config import schema as configuration
-from lab.config.schema import Config, derive_seed
+from lab.config import comparing, loading, messages
+from lab.config.schema import Config, layout
+from lab.config.seeds import derive_seed
 from lab.config.strict_yaml import show
 from lab.evaluation import shortcuts
 from lab.runs import run as tracking
@@ -43,7 +44,7 @@ ACCURACIES = "group_accuracies.csv"
 OWN = {"use_dfr": False, "dfr_val_split_strategy": "original"}
 # Where things are and how fast they go: what may be other when networks are collected.
 PLACE = ("data_dir", "device", "num_workers", "eval_batch_size", "features_cache_dir")
-MAY_DIFFER = (*configuration.FREE_TO_CHANGE, *PLACE, "groupings", "experiment_name", "use_dfr")
+MAY_DIFFER = (*comparing.FREE_TO_CHANGE, *PLACE, "groupings", "experiment_name", "use_dfr")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -148,13 +149,13 @@ def grouping(names: list[str], label: str) -> str:
 
 def task_config(config: Config, text: str, **changes) -> Config:
     """The configuration of the run of one task."""
-    return configuration.validate(config.resolved() | OWN | {"groupings": [text]} | changes)
+    return loading.validate(config.resolved() | OWN | {"groupings": [text]} | changes)
 
 
 def task_arguments(given) -> list[str]:
     """The command line of main.py that trains the network of `--task`. Raises `UserError`."""
     file = given.config or DEFAULT_CONFIG_FILE
-    config = configuration.load_config(file, given.overrides)
+    config = loading.load_config(file, given.overrides)
     check(config)
     source = _source(config)
     source.attribute(given.task)
@@ -185,7 +186,7 @@ def matrix(given, command: list[str], early_log: MemoryHandler) -> Path:
         config = resume.config
         options = _read_options(resume.folder) | given.options
     else:
-        config = configuration.load_config(given.config or DEFAULT_CONFIG_FILE, given.overrides)
+        config = loading.load_config(given.config or DEFAULT_CONFIG_FILE, given.overrides)
         options = OPTIONS | given.options
     check(config)
     names = _source(config).attribute_names
@@ -324,7 +325,7 @@ def find_runs(folders) -> dict[str, tuple[Path, Config]]:
             if tracking.read_status(run)["phase"] != "done":
                 log.warning("%s: not finished, left out", run)
                 continue
-            config = configuration.load_config(run / tracking.CONFIG)
+            config = loading.load_config(run / tracking.CONFIG)
             if config.dataset_name != "CelebA" or len(config.groupings) != 1:
                 continue
             label = config.groupings[0].partition(":")[0]
@@ -345,22 +346,22 @@ def predict(runs: dict, names: list[str], base: Config) -> tuple[np.ndarray, np.
     from lab.networks import mlp as model
     from lab.training import checkpoints
 
-    base = configuration.validate(base.resolved() | OWN)
+    base = loading.validate(base.resolved() | OWN)
     problems = [f"no finished run of {name}" for name in names if name not in runs]
     for run, config in runs.values():
         problems += [
             f"{run}: {name} is {show(getattr(config, name))}, elsewhere {show(getattr(base, name))}"
-            for name in Config.model_fields
+            for name in layout(base.catalogue)
             if name not in MAY_DIFFER and getattr(config, name) != getattr(base, name)
         ]
     if problems:
-        raise UserError(*problems[: configuration.PROBLEMS])
+        raise UserError(*problems[: messages.PROBLEMS])
     device = model.choose_device(base.device)
     tallies = []
     for name in names:
         run, config = runs[name]
         place = {key: getattr(base, key) for key in PLACE}
-        config = configuration.validate(config.resolved() | place)
+        config = loading.validate(config.resolved() | place)
         splits = data_loader.load(config)
         attributes = _attributes(splits.val.inputs)
         if config.use_feature_extractor:
@@ -386,7 +387,7 @@ def collect(given) -> Path:
     if not runs:
         raise UserError(f"{', '.join(given.collect)}: no finished run of CelebA with one task")
     file = given.config or next(iter(runs.values()))[0] / tracking.CONFIG
-    config = configuration.load_config(file, given.overrides)
+    config = loading.load_config(file, given.overrides)
     check(config)
     names, options = _source(config).attribute_names, OPTIONS | given.options
     if problems := _wrong_options(options, len(names)):

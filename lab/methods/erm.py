@@ -13,11 +13,6 @@ from lab.system.errors import DataError
 class ERM:
     """Base of all methods. The flow of ERM is -∇R = -Σ π_g ∇R_g."""
 
-    # Whether the method weights groups and may take the full batch for it (`group_batches`).
-    weights_groups = False
-    # Whether `order` weights samples by drawing them, so that there is no full batch.
-    samples = False
-
     def __init__(self, config, splits):
         """splits: a `splits.Splits`; raises `DataError` if they do not suit the method."""
         self.config, self.splits = config, splits

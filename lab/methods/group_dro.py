@@ -21,8 +21,6 @@ class GroupDRO(ERM):
     and must still be able to come back. An empty group has log q = -inf and stays there.
     """
 
-    weights_groups = True
-
     def __init__(self, config, splits):
         super().__init__(config, splits)
         there = sum(count > 0 for count in self.counts)

@@ -7,8 +7,6 @@ from lab.system import distributed
 class IWUniform(ERM):
     """w_g = 1/G, or spread evenly over the non-empty groups."""
 
-    weights_groups = True
-
     def flow_weights(self, group_losses, counts) -> list[float]:
         there = sum(count > 0 for count in counts)
         return [float(count > 0) / there for count in counts]

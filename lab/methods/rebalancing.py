@@ -8,7 +8,7 @@ import math
 import numpy as np
 import torch
 
-from lab.config.schema import derive_seed
+from lab.config.seeds import derive_seed
 from lab.methods import entropy
 from lab.methods.erm import ERM
 from lab.splits import groups
@@ -33,8 +33,6 @@ def label_shares(split, tasks) -> torch.Tensor:
 
 class RWG(ERM):
     """Batches are drawn with replacement, so that every non-empty group is as likely as another."""
-
-    samples = True
 
     def cells(self, split) -> torch.Tensor:
         """Which samples are balanced against each other: the index of a set for each, (N,)."""

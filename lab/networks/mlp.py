@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lab.config.facts import BATCH_NORM
-from lab.config.schema import Config, channels_standardised, derive_seed
+from lab.config.schema import Config
+from lab.config.seeds import derive_seed
 from lab.splits.pictures import IMAGENET_MEAN, IMAGENET_STD
 from lab.system import distributed, memory
 from lab.system.errors import ConfigError
@@ -242,7 +243,7 @@ def resnet(config: Config, input_shape) -> tuple[nn.Module, int]:
     from lab.features import backbones  # with torchvision, slow to import
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
-    if channels_standardised(config):
+    if config.channels_standardised:
         mean, std = (0.0,) * 3, (1.0,) * 3
     prepare = Standardised(input_shape, config.normalize_inputs, mean, std)
     return nn.Sequential(prepare, backbones.resnet(config)), RESNET_FEATURES[config.model_name]

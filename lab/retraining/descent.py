@@ -10,7 +10,8 @@ import math
 import numpy as np
 import torch
 
-from lab.config.schema import Config, derive_seed
+from lab.config.schema import Config
+from lab.config.seeds import derive_seed
 from lab.evaluation import metrics
 from lab.splits.splits import Split
 from lab.system.errors import UserError

@@ -28,7 +28,8 @@ import torch
 from sklearn.preprocessing import StandardScaler
 
 from lab.config import checks as config_checks
-from lab.config.schema import Config, derive_seed
+from lab.config.schema import Config
+from lab.config.seeds import derive_seed
 from lab.evaluation import metrics
 from lab.networks.mlp import ScaledLinear, fresh_classifier, target_layer
 from lab.retraining import descent as last_layer
@@ -505,7 +506,7 @@ def compare_solvers(folder: Path, overrides=()) -> Path:
 
 def _run_config(folder: Path, overrides) -> Config:
     """A run's configuration with other settings of DFR. Raises `ConfigError` for other keys."""
-    from lab.config import schema as configuration
+    from lab.config import loading
 
     used = folder / "config_used.yaml"
     if not used.is_file():
@@ -518,7 +519,7 @@ def _run_config(folder: Path, overrides) -> Config:
         raise ConfigError(
             *(f"{given}: allowed: keys of DFR, but not {', '.join(SPLITTING)}" for given in wrong)
         )
-    return configuration.load_config(used, [*overrides, "use_dfr=true"])
+    return loading.load_config(used, [*overrides, "use_dfr=true"])
 
 
 def _names(overrides) -> list[str]:

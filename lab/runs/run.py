@@ -32,8 +32,7 @@ from typing import NamedTuple
 import filelock
 import numpy as np
 
-from lab.config import schema as configuration
-from lab.config import strict_yaml
+from lab.config import comparing, loading, strict_yaml
 from lab.config.schema import Config
 from lab.system import files
 from lab.system.command import Stopped
@@ -440,9 +439,9 @@ def load_to_resume(folder: Path, config_file: str | None, overrides) -> Resumpti
     if not used.is_file():
         raise ConfigError(f"--resume: given {folder}, but there is no {used}")
     seen = _state(folder)
-    old = configuration.load_config(used)
-    new = configuration.load_config(config_file or used, overrides)
-    problems = configuration.changes_results(old, new)
+    old = loading.load_config(used)
+    new = loading.load_config(config_file or used, overrides)
+    problems = comparing.changes_results(old, new)
     if problems:
         raise ConfigError(*problems)
     phase = read_status(folder)["phase"]

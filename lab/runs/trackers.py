@@ -12,7 +12,7 @@ from operator import getitem
 from pathlib import Path
 from types import SimpleNamespace
 
-from lab.config import schema as configuration
+from lab.config import schema
 from lab.config.schema import Config
 from lab.runs import run as tracking
 from lab.system import files
@@ -81,7 +81,7 @@ class TensorBoard(Tracker):
         settings = config.resolved()
         self.hyperparameters = {
             name: _number_or_text(reduce(getitem, name.split("."), settings))
-            for name, _, _ in configuration.fields()
+            for name, _, _ in schema.fields()
         }
         self.file = None
         self.folder.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lab.config.schema import derive_seed
+from lab.config.seeds import derive_seed
 from lab.runs import run as tracking
 from lab.sweeping import figures, plan
 from lab.system import files

@@ -21,8 +21,7 @@ from collections import Counter, deque
 from pathlib import Path
 from typing import NamedTuple
 
-from lab.config import schema as configuration
-from lab.config import strict_yaml
+from lab.config import loading, schema, strict_yaml
 from lab.runs import run as tracking
 from lab.sweeping import plan
 from lab.system import files, memory
@@ -525,8 +524,8 @@ def show_status(folder: Path) -> int:
 def table(folder: Path, manifest: dict, found: list[State], rows: int | None = None) -> list[str]:
     """Lines of the table, 80 columns wide; what failed or runs comes first if rows are few."""
     base = strict_yaml.read(folder / plan.BASE)
-    configuration.apply_overrides(base, manifest["base_overrides"])
-    usual = base.get("epochs", configuration.Config.model_fields["epochs"].default)
+    loading.apply_overrides(base, manifest["base_overrides"])
+    usual = base.get("epochs", schema.Config.model_fields["epochs"].default)
     names = {entry["setting"]: entry["name"] for entry in manifest["settings"]}
     entries = []
     for job, state in zip(manifest["jobs"], found):

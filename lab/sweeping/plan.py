@@ -17,8 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lab.config import schema as configuration
-from lab.config import strict_yaml
+from lab.config import loading, messages, seeds, strict_yaml
 from lab.config.strict_yaml import show
 from lab.runs import run as tracking
 from lab.system import files
@@ -255,7 +254,7 @@ def _random(section, problems: list[str]) -> list[dict]:
     settings: dict[str, dict] = {}
     for draw in range(draws * TRIES):
         setting = {
-            name: value(random.Random(configuration.derive_seed(seed, "sweep", name, draw)))
+            name: value(random.Random(seeds.derive_seed(seed, "sweep", name, draw)))
             for name, value in drawn.items()
         }
         settings.setdefault(override_text(setting), setting)
@@ -369,19 +368,19 @@ def _check_jobs(name: str, base: Path, overrides, settings: list[dict], seeds: l
         for other in swept:
             if f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."):
                 problems.append(f"{key}: given on the command line, but the sweep sets {other}")
-    problems += configuration.apply_overrides(document, overrides)
+    problems += loading.apply_overrides(document, overrides)
     if problems:
         raise ConfigError(*problems)
     if not settings:
-        return configuration.validate(document).results_dir
+        return loading.validate(document).results_dir
     keys, found = varying(settings), {}
     for number, setting in enumerate(settings):
         for seed in seeds:
             job = copy.deepcopy(document)
             whole = setting | {"seed": seed, "wandb.group": name}
-            wrong = configuration.apply_overrides(job, override_texts(whole))
+            wrong = loading.apply_overrides(job, override_texts(whole))
             try:
-                results_dir = configuration.validate(job, wrong).results_dir
+                results_dir = loading.validate(job, wrong).results_dir
             except ConfigError as error:
                 for problem in error.problems:
                     found.setdefault(problem, {})[number] = None
@@ -393,9 +392,9 @@ def _check_jobs(name: str, base: Path, overrides, settings: list[dict], seeds: l
             where = "every setting"
         problems.append(f"{where}: {problem}")
     if problems:
-        untold = problems[configuration.PROBLEMS :]
+        untold = problems[messages.PROBLEMS :]
         rest = [f"… and {len(untold)} more"] if untold else []
-        raise ConfigError(*problems[: configuration.PROBLEMS], *rest)
+        raise ConfigError(*problems[: messages.PROBLEMS], *rest)
     return results_dir
 
 

@@ -34,8 +34,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState
 
-from lab.config import schema as configuration
-from lab.config.schema import Config, derive_seed
+from lab.config import loading
+from lab.config.schema import Config
+from lab.config.seeds import derive_seed
 from lab.config.strict_yaml import show
 from lab.sweeping import launch, plan
 from lab.system import files
@@ -168,7 +169,7 @@ def _problems_of_corners(space: dict, base, overrides, seeds) -> list[str]:
     problems = []
     for corner in corners:
         try:
-            config = configuration.load_config(base, [*overrides, *plan.override_texts(corner)])
+            config = loading.load_config(base, [*overrides, *plan.override_texts(corner)])
         except ConfigError as error:
             problems += error.problems
         else:

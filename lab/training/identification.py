@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from lab.config.facts import ANALYSES
+from lab.config.registry import Analysis
 from lab.config.schema import Config
 from lab.evaluation import metrics
 from lab.networks import mlp as model
@@ -32,7 +32,7 @@ COLUMNS = ["index", "task", "group"]
 MAX_BYTES = 256 * 2**20
 
 
-def identify(splits: Splits, config: Config, run, device: str) -> Splits:
+def identify(splits: Splits, config: Config, run) -> Splits:
     """The splits with `repeats` for JTT, λ for samples of the error set and 1 for others.
 
     The error set is the run's, that of `jtt_error_set`, or found by training a network; goes on
@@ -41,7 +41,7 @@ def identify(splits: Splits, config: Config, run, device: str) -> Splits:
     path, digest = run.folder / FILE, splits.train.digest()
     if not path.exists():
         if config.jtt_error_set is None:
-            wrong, losses = _train(splits, config, run, device)
+            wrong, losses = _train(splits, config, run)
         else:
             given = Path(config.jtt_error_set)
             wrong = read(given, splits, digest)
@@ -101,14 +101,16 @@ def stage_config(config: Config) -> Config:
         "learning_rate": config.learning_rate if rate is None else rate,
         "weight_decay": config.weight_decay if decay is None else decay,
     }
-    return config.model_copy(update=changed | {f"analyze_{name}": False for name in ANALYSES})
+    return config.model_copy(
+        update=changed | {record.switch: False for record in config.catalogue.of(Analysis).values()}
+    )
 
 
-def _train(splits: Splits, config: Config, run, device: str):
+def _train(splits: Splits, config: Config, run):
     """(training samples, (N, tasks) bool, that a network trained by ERM gets wrong; its validation
     losses by task, if there are validation data)."""
     config = stage_config(config)
-    network = model.build_for(config, splits).to(device)
+    network = model.build_for(config, splits).to(splits.train.y.device)
     log.info("JTT, identification: %d epochs of ERM", config.epochs)
     part = run.part("identification")
     try:

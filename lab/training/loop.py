@@ -20,10 +20,10 @@ import torch
 from tqdm import tqdm
 
 from lab import methods
-from lab.analyses import gram as analysis
-from lab.analyses.gram import Analyses
-from lab.config.facts import BATCH_NORM
-from lab.config.schema import Config, derive_seed
+from lab.analyses import gram
+from lab.analyses.measuring import Analyses
+from lab.config.schema import Config
+from lab.config.seeds import derive_seed
 from lab.evaluation import metrics
 from lab.networks.mlp import parameter_groups
 from lab.splits.splits import Split, Splits
@@ -391,14 +391,14 @@ class _Training:
         """
         if not self.grams or not self.leads:
             return
-        unknown = np.full((2 * analysis.ROWS, 2 * analysis.ROWS), np.nan)
+        unknown = np.full((2 * gram.ROWS, 2 * gram.ROWS), np.nan)
 
         def stacked(which):
             return np.stack([unknown if Ks[which] is None else Ks[which] for Ks in found])
 
         found = list(self.grams.values())
 
-        arrays = {"epochs": np.array(list(self.grams)), "labels": np.array(analysis.labels())}
+        arrays = {"epochs": np.array(list(self.grams)), "labels": np.array(gram.labels())}
         arrays["K"] = stacked(0)
         if not self.analyses.one_pass:
             arrays["K_jacobian"] = stacked(1)
@@ -427,9 +427,10 @@ def takes_full_batch(config: Config, method) -> bool:
     samples are weighted by drawing them, or several tasks are weighted.
     """
     size = config.train_batch_size
-    if config.model_name in BATCH_NORM or method.samples or len(method.splits.tasks) > 1:
+    drawn = config.method.draws_samples
+    if config.network.batch_norm or drawn or len(method.splits.tasks) > 1:
         return False
-    by_groups = method.weights_groups and config.group_batches == "full"
+    by_groups = config.method.weights_groups and config.group_batches == "full"
     return by_groups or size is None or size >= len(method.source)
 
 

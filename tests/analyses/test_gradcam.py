@@ -13,7 +13,6 @@ from torch import nn
 
 import main
 from lab.analyses import gradcam
-from lab.config.facts import ANALYSES
 from lab.figures import history as plotting
 from lab.networks import mlp as model
 from lab.retraining import head as dfr
@@ -21,7 +20,7 @@ from lab.runs import run as tracking
 
 
 def network(settings, num_outputs=1, **keys):
-    config = settings(latent_size=5, **{f"analyze_{name}": False for name in ANALYSES} | keys)
+    config = settings(latent_size=5, **{"analyses": "none"} | keys)
     return model.build(config, (1, 8, 8), num_outputs).double(), config
 
 
@@ -210,7 +209,7 @@ def run_folder(data_dir, tmp_path_factory):
         "model_name": "ConvNet", "latent_size": 8, "loss_function": "cross_entropy",
         "optimizer": "Adam", "learning_rate": 0.001, "epochs": 1, "dfr_solver": "sgd",
         "dfr_sgd_epochs": 2, "data_dir": data_dir, "results_dir": results, "wandb.enable": "false",
-        **{f"analyze_{name}": "false" for name in ANALYSES},
+        "analyses": "none",
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plotting, "FIGURES", {"dfr": plotting.dfr})

@@ -10,8 +10,10 @@ import torch
 from conftest import make_split, make_splits
 
 from lab import methods
-from lab.analyses import gram as analysis
-from lab.config.schema import Config, validate
+from lab.analyses import gram, measuring, quantities
+from lab.config.loading import validate
+from lab.config.records import BUILT_IN
+from lab.config.registry import Analysis
 from lab.evaluation import metrics
 from lab.networks import mlp as model
 from lab.splits import groups
@@ -64,10 +66,10 @@ def twin_gram(net, splits, loss_name):
     return K
 
 
-def gram(net, config, splits, **options):
+def gram_of(net, config, splits, **options):
     loss = metrics.LOSSES[config.loss_function]
     options = {"kinds": {0, 1}, "batch_size": 5} | options
-    return analysis.gram_matrix(net, splits, loss, **options)[0]
+    return gram.gram_matrix(net, splits, loss, **options)[0]
 
 
 def assert_close(value, expected, tolerance=1e-12):
@@ -78,7 +80,7 @@ def assert_close(value, expected, tolerance=1e-12):
 VARIANTS = [
     # Two layers of exp overflow the naive loss of the twin.
     {"activation_function": name, "num_hidden_layers": 1 if name == "exp" else 2}
-    for name in Config.model_fields["activation_function"].annotation.__args__
+    for name in model.ACTIVATIONS
 ] + [
     {"initialization_method": "NTP"},
     {"loss_function": "mse"},
@@ -97,7 +99,7 @@ def test_gram_matrix_against_autograd(keys, train):
     net, config = network(**keys)
     splits = make_splits(train=train)
     splits = {"train": splits.train, "test": splits.test}
-    assert_close(gram(net, config, splits), twin_gram(net, splits, config.loss_function))
+    assert_close(gram_of(net, config, splits), twin_gram(net, splits, config.loss_function))
 
 
 def test_float32_stays_close_to_float64():
@@ -109,7 +111,7 @@ def test_float32_stays_close_to_float64():
         name: type(s)(s.inputs.float(), s.y.float(), s.a.float(), s.counts)
         for name, s in splits.items()
     }
-    assert_close(gram(net.float(), config, single), exact, tolerance=1e-6)
+    assert_close(gram_of(net.float(), config, single), exact, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("memory", [1, 16 * 8 * 20, 16 * 8 * 90])
@@ -117,35 +119,35 @@ def test_slices_of_output_units_change_nothing(memory):
     net, config = network(use_bias=True, use_zero_bias_initialization=False)
     splits = make_splits()
     splits = {"train": splits.train, "test": splits.test}
-    passes = list(analysis._passes(list(net.layers), 16, memory))
+    passes = list(gram._passes(list(net.layers), 16, memory))
     assert len(passes) > 1
     units = [(id(layer), u) for part in passes for layer, s in part for u in range(s.start, s.stop)]
     assert len(units) == len(set(units)) == sum(len(layer.weight) for layer in net.layers)
-    whole = gram(net, config, splits)
-    assert_close(gram(net, config, splits, memory_bytes=memory), whole)
+    whole = gram_of(net, config, splits)
+    assert_close(gram_of(net, config, splits, memory_bytes=memory), whole)
 
 
 def test_one_slice_at_a_time_is_in_memory(monkeypatch):
     net, config = network()
     alive, most = weakref.WeakSet(), []
 
-    class Counted(analysis._SliceSums):
+    class Counted(gram._SliceSums):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             alive.add(self)
             most.append(len(alive))
 
-    monkeypatch.setattr(analysis, "_SliceSums", Counted)
-    passes = list(analysis._passes(list(net.layers), 16, 1))
+    monkeypatch.setattr(gram, "_SliceSums", Counted)
+    passes = list(gram._passes(list(net.layers), 16, 1))
     assert len(passes) == 23 and all(len(passage) == 1 for passage in passes)
-    gram(net, config, vars(make_splits()), memory_bytes=1)
+    gram_of(net, config, vars(make_splits()), memory_bytes=1)
     assert len(most) == 23 and max(most) == 1
 
 
 def test_missing_sides_and_kinds_are_nan():
     net, config = network()
     splits = make_splits()
-    K = gram(net, config, {"test": splits.test}, kinds={analysis.GRADIENT})
+    K = gram_of(net, config, {"test": splits.test}, kinds={gram.GRADIENT})
     assert np.isfinite(K[8:12, 8:12]).all()
     K[8:12, 8:12] = np.nan
     assert np.isnan(K).all()
@@ -155,7 +157,7 @@ def test_outputs_are_those_of_an_evaluation_without_analyses():
     net, _ = network(dtype=torch.float32)
     split = make_split((12, 5, 4, 9), dtype=torch.float32)
     loss = metrics.LOSSES["logistic"]
-    _, found = analysis.gram_matrix(net, {"train": split}, loss, {0, 1}, batch_size=4)
+    _, found = gram.gram_matrix(net, {"train": split}, loss, {0, 1}, batch_size=4)
     assert torch.equal(found["train"], metrics.outputs(net, split, 4))
 
 
@@ -191,7 +193,7 @@ def test_gram_matrix_of_networks_for_pictures_against_autograd(keys, train):
     both = {"train": splits.train, "test": splits.test}
     exact = twin_gram(net, both, config.loss_function)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    assert_close(gram(net, config, both, batch_size=2), exact)
+    assert_close(gram_of(net, config, both, batch_size=2), exact)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
     net.float()
@@ -200,7 +202,7 @@ def test_gram_matrix_of_networks_for_pictures_against_autograd(keys, train):
         for name, s in both.items()
     }
     loss = metrics.LOSSES[config.loss_function]
-    K, outputs = analysis.gram_matrix(net, single, loss, {0, 1}, batch_size=2)
+    K, outputs = gram.gram_matrix(net, single, loss, {0, 1}, batch_size=2)
     assert_close(K, exact, tolerance=1e-5)
     for name, split in single.items():
         assert torch.equal(outputs[name], metrics.outputs(net, split, 2))
@@ -212,19 +214,19 @@ def test_passes_over_parameter_tensors_change_nothing():
     splits = {"train": splits.train, "test": splits.test}
     parameters = list(net.parameters())
     memory = 16 * 8 * 20_000  # all but the linear layer's 64 · 8 · 8 · 9 weights, which go alone
-    passes = list(analysis._tensor_passes(parameters, 16, memory))
+    passes = list(gram._tensor_passes(parameters, 16, memory))
     assert [len(passage) for passage in passes] == [4, 1, 3]
     assert [p for passage in passes for (p,) in passage] == parameters
-    whole = gram(net, config, splits)
-    assert_close(gram(net, config, splits, memory_bytes=memory), whole)
+    whole = gram_of(net, config, splits)
+    assert_close(gram_of(net, config, splits, memory_bytes=memory), whole)
 
 
 def test_parameters_that_the_output_does_not_depend_on_have_gradient_zero():
     net, config = picture_network("ConvNet")
     splits = {"train": make_split((2, 1, 1, 2), shape=(3, 32, 32))}
-    before = gram(net, config, splits)
+    before = gram_of(net, config, splits)
     net.other_head = torch.nn.Linear(9, 3).double()
-    assert_close(gram(net, config, splits), before)
+    assert_close(gram_of(net, config, splits), before)
 
 
 # What follows takes the twin's rows V and writes each definition out with vectors.
@@ -236,7 +238,7 @@ def case(request):
     splits = make_splits()
     both = {"train": splits.train, "test": splits.test}
     V = {name: twin_rows(net, split, request.param) for name, split in both.items()}
-    return net, config, both, V, gram(net, config, both)
+    return net, config, both, V, gram_of(net, config, both)
 
 
 def shares(split):
@@ -261,7 +263,7 @@ def basis(rows):
 @pytest.mark.parametrize("side", ["train", "test"])
 def test_gradient_basis(case, side):
     _, _, splits, V, K = case
-    found = analysis.gradient_basis(K, side, splits[side].counts)
+    found = quantities.gradient_basis(K, side, splits[side].counts)
     v = basis(V[side][:4])
     expected = {f"norm_{name}": v[name].norm().item() for name in v}
     for first, second in itertools.combinations(v, 2):
@@ -285,7 +287,7 @@ def test_gap_dynamics_factors(case, gap, flow, pair):
     _, _, splits, V, K = case
     weights = [0.1, 0.4, 0.2, 0.3]
     counts = splits[flow].counts
-    found = analysis.gap_dynamics_factors(K, pair, gap, flow, counts, weights)
+    found = quantities.gap_dynamics_factors(K, pair, gap, flow, counts, weights)
     delta = V[gap][pair[1]] - V[gap][pair[0]]
     v = basis(V[flow][:4])
     y, a, covariance = moments(splits[flow])
@@ -307,7 +309,7 @@ def test_static_dynamic_decomposition(case, gap, flow):
     _, config, splits, V, K = case
     loss = metrics.LOSSES[config.loss_function]
     minority, majority = 1, 3
-    found = analysis.static_dynamic_decomposition(
+    found = quantities.static_dynamic_decomposition(
         K, (minority, majority), gap, flow, splits[flow].counts, loss
     )
     slope = 0.5 if config.loss_function == "logistic" else 2.0  # c₀(y) = -slope·y
@@ -335,7 +337,7 @@ def test_static_dynamic_decomposition(case, gap, flow):
 def test_jacobian_norm(case, side):
     _, _, splits, V, K = case
     m = V[side][4:]
-    found = analysis.jacobian_norm(K, side, splits[side].counts)
+    found = quantities.jacobian_norm(K, side, splits[side].counts)
     expected = {f"norm_sq_{groups.name(g)}": m[g] @ m[g] for g in range(4)}
     for i in range(4):
         for j in range(i + 1, 4):
@@ -362,7 +364,7 @@ def test_jacobian_norm(case, side):
 def test_model_output_expectation():
     split = make_split((5, 1, 0, 4))
     f = torch.arange(10.0)
-    found = analysis.model_output_expectation(f, split)
+    found = quantities.model_output_expectation(f, split)
     expected = {"mean_G(-1,-1)": 2.0, "std_G(-1,-1)": np.std([0, 1, 2, 3, 4], ddof=1)}
     expected |= {"mean_G(-1,+1)": 5.0, "std_G(-1,+1)": math.nan}
     expected |= {"mean_G(+1,-1)": math.nan, "std_G(+1,-1)": math.nan}
@@ -374,27 +376,27 @@ def test_empty_groups_are_nan_where_they_count_and_only_there():
     net, config = network()
     splits = make_splits(train=EMPTY_TWO)
     both = {"train": splits.train, "test": splits.test}
-    K = gram(net, config, both)
+    K = gram_of(net, config, both)
     V = twin_rows(net, splits.train, "logistic")
     loss, counts = metrics.LOSSES["logistic"], splits.train.counts
-    weights = methods.METHODS["None"](config, splits).flow_weights([1.0] * 4, counts)
+    weights = methods.build(config, splits).flow_weights([1.0] * 4, counts)
 
-    there = analysis.gap_dynamics_factors(K, (0, 3), "train", "train", counts, weights)
+    there = quantities.gap_dynamics_factors(K, (0, 3), "train", "train", counts, weights)
     average = (8 * V[0] + 6 * V[3]) / 14
     assert there["total"] == pytest.approx(((V[3] - V[0]) @ average).item(), rel=1e-9)
     assert there["method_total"] == there["total"]
     assert all(math.isnan(there[term]) for term in ("term1", "term2", "term3"))
 
-    empty = analysis.gap_dynamics_factors(K, (1, 0), "train", "train", counts, weights)
+    empty = quantities.gap_dynamics_factors(K, (1, 0), "train", "train", counts, weights)
     assert all(math.isnan(value) for value in empty.values())
-    under_train = analysis.gap_dynamics_factors(K, (1, 0), "test", "train", counts, weights)
+    under_train = quantities.gap_dynamics_factors(K, (1, 0), "test", "train", counts, weights)
     assert math.isfinite(under_train["total"])
 
-    static = analysis.static_dynamic_decomposition(K, (0, 3), "train", "train", counts, loss)
+    static = quantities.static_dynamic_decomposition(K, (0, 3), "train", "train", counts, loss)
     assert all(math.isfinite(value) for value in static.values())
     assert static["total"] == pytest.approx(there["total"])
-    assert all(math.isnan(v) for v in analysis.gradient_basis(K, "train", counts).values())
-    jacobian = analysis.jacobian_norm(K, "train", counts)
+    assert all(math.isnan(v) for v in quantities.gradient_basis(K, "train", counts).values())
+    jacobian = quantities.jacobian_norm(K, "train", counts)
     assert math.isfinite(jacobian["norm_sq_G(-1,-1)"])
     assert math.isnan(jacobian["norm_sq_G(-1,+1)"])
     assert math.isnan(jacobian["norm_Delta_S"])
@@ -404,8 +406,8 @@ def test_balanced_moments_and_an_empty_group_still_give_nan_terms():
     """Zero coefficients must not turn an empty group's NaN into a silent zero."""
     net, config = network()
     splits = make_splits(train=(7, 0, 0, 7))  # ȳ = ā = 0: term2 has zero weights throughout
-    K = gram(net, config, {"train": splits.train})
-    terms = analysis.gap_dynamics_factors(
+    K = gram_of(net, config, {"train": splits.train})
+    terms = quantities.gap_dynamics_factors(
         K, (0, 3), "train", "train", splits.train.counts, [0.5, 0, 0, 0.5]
     )
     assert math.isnan(terms["term2"])
@@ -414,11 +416,11 @@ def test_balanced_moments_and_an_empty_group_still_give_nan_terms():
 def test_an_empty_test_group_is_nan_even_where_the_flows_weights_are_zero():
     net, config = network()
     splits = make_splits(train=(5, 5, 5, 5), test=(4, 0, 3, 2))
-    K = gram(net, config, {"train": splits.train, "test": splits.test})
+    K = gram_of(net, config, {"train": splits.train, "test": splits.test})
     counts = splits.train.counts  # balanced: no weight in term2 and term3
-    empty = analysis.gap_dynamics_factors(K, (1, 0), "test", "train", counts, [0.25] * 4)
+    empty = quantities.gap_dynamics_factors(K, (1, 0), "test", "train", counts, [0.25] * 4)
     assert all(math.isnan(value) for value in empty.values())
-    there = analysis.gap_dynamics_factors(K, (2, 3), "test", "train", counts, [0.25] * 4)
+    there = quantities.gap_dynamics_factors(K, (2, 3), "test", "train", counts, [0.25] * 4)
     assert there["term2"] == there["term3"] == 0
     assert there["term1"] == pytest.approx(there["total"])
 
@@ -428,7 +430,7 @@ def test_total_is_the_gaps_change_over_a_tiny_step():
     splits = make_splits()
     both = {"train": splits.train, "test": splits.test}
     loss = metrics.LOSSES[config.loss_function]
-    K = gram(net, config, both)
+    K = gram_of(net, config, both)
     counts = splits.train.counts
 
     def gaps(side, pair):
@@ -444,21 +446,23 @@ def test_total_is_the_gaps_change_over_a_tiny_step():
         for parameter, gradient in zip(net.parameters(), gradients):
             parameter -= step * gradient
     for side, gap_side in (("train", "train"), ("test", "test")):
-        total = analysis.gap_dynamics_factors(K, pair, gap_side, "train", counts, [0] * 4)["total"]
+        total = quantities.gap_dynamics_factors(K, pair, gap_side, "train", counts, [0] * 4)[
+            "total"
+        ]
         assert (gaps(side, pair) - before[side]) / step == pytest.approx(total, rel=1e-4)
 
 
 def test_caps_draw_a_seeded_subset_per_group():
     split = make_split((9, 3, 6, 2))
-    subset = analysis.capped(split, 4, seed=3)
+    subset = measuring.capped(split, 4, seed=3)
     assert subset.counts == [4, 3, 4, 2]
     rows = {tuple(row.tolist()) for row in split.inputs}
     assert len({tuple(row.tolist()) for row in subset.inputs} & rows) == 13
     assert torch.equal(subset.group.bincount(), torch.tensor(subset.counts))
-    assert torch.equal(subset.inputs, analysis.capped(split, 4, seed=3).inputs)
-    assert not torch.equal(subset.inputs, analysis.capped(split, 4, seed=4).inputs)
-    assert analysis.capped(split, 9, seed=3) is split
-    assert analysis.capped(split, None, seed=3) is split
+    assert torch.equal(subset.inputs, measuring.capped(split, 4, seed=3).inputs)
+    assert not torch.equal(subset.inputs, measuring.capped(split, 4, seed=4).inputs)
+    assert measuring.capped(split, 9, seed=3) is split
+    assert measuring.capped(split, None, seed=3) is split
 
 
 @pytest.mark.parametrize("caps", [(None, 3), (3, None), (2, 4), (3, 3)])
@@ -466,14 +470,14 @@ def test_caps_in_a_measurement(caps):
     """Each analysis takes its own subset; shares and moments stay those of the whole split."""
     net, config = network(jacobian_num_samples=caps[0], gradient_gram_num_samples=caps[1])
     splits = make_splits()
-    analyses = analysis.Analyses(config, splits)
+    analyses = measuring.Analyses(config, splits)
     measurement = analyses.measure(net, 0)
     method = methods.build(config, splits)
     rows = analyses.rows(measurement, method, [1.0] * 4)
     found = {(r["split"], r["analysis"], r["pair"], r["quantity"]): r["value"] for r in rows}
-    seed = analysis.derive_seed(config.seed, "analysis samples", "train")
-    for_gram = analysis.capped(splits.train, caps[1], seed)
-    for_jacobian = analysis.capped(splits.train, caps[0], seed)
+    seed = measuring.derive_seed(config.seed, "analysis samples", "train")
+    for_gram = measuring.capped(splits.train, caps[1], seed)
+    for_jacobian = measuring.capped(splits.train, caps[0], seed)
     V = twin_rows(net, for_gram, "logistic")
     total = (V[0] - V[1]) @ sum(p * row for p, row in zip(shares(splits.train), V))
     key = ("train", "gap_dynamics_factors", "G(-1,+1)_vs_G(-1,-1)", "total")
@@ -492,9 +496,9 @@ def test_caps_in_a_measurement(caps):
 
 
 def test_only_what_is_due_is_measured():
-    keys = {f"{name}_analysis_epochs": [] for name in analysis.ANALYSES}
+    keys = {f"{name}_analysis_epochs": [] for name in BUILT_IN.of(Analysis)}
     net, config = network(**keys | {"jacobian_norm_analysis_epochs": [1]})
-    analyses = analysis.Analyses(config, make_splits())
+    analyses = measuring.Analyses(config, make_splits())
     nothing = analyses.measure(net, 0)
     assert nothing.K is None
     assert not nothing.outputs
@@ -506,7 +510,7 @@ def test_only_what_is_due_is_measured():
 def test_analysis_target_limits_the_splits():
     net, config = network(analysis_target="test")
     splits = make_splits()
-    analyses = analysis.Analyses(config, splits)
+    analyses = measuring.Analyses(config, splits)
     method = methods.build(config, splits)
     rows = analyses.rows(analyses.measure(net, 0), method, [1.0] * 4)
     assert {row["split"] for row in rows} == {"test"}

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lab.config import schema as configuration
-from lab.config import strict_yaml
-from lab.config.schema import derive_seed, load_config, validate
+from lab.config import document, schema, strict_yaml
+from lab.config.loading import load_config, validate
+from lab.config.seeds import derive_seed
 from lab.system.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def test_the_shipped_file_has_every_key_at_its_default_in_order():
             else:
                 yield prefix + name
 
-    assert list(flat(shipped)) == [name for name, _, _ in configuration.fields()]
+    assert list(flat(shipped)) == [name for name, _, _ in schema.fields()]
 
 
 def test_the_default_has_no_surprises():
@@ -319,9 +319,9 @@ def test_config_and_groups_import_neither_torch_nor_registries():
 
 
 def test_help_fits_80_columns_and_names_every_key():
-    text = configuration.help_text()
+    text = document.help_text()
     assert max(map(len, text.splitlines())) <= 80
-    for name, field, _ in configuration.fields():
+    for name, field, _ in schema.fields():
         assert f"  {name} =" in text
         assert field.description
 

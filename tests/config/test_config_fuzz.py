@@ -19,16 +19,16 @@ from pydantic import ValidationError
 
 import main
 from lab.config import facts as config_facts
-from lab.config import schema as configuration
-from lab.config import strict_yaml
-from lab.config.schema import Config, load_config, validate
+from lab.config import loading, messages, schema, strict_yaml
+from lab.config.loading import load_config, validate
+from lab.config.schema import Config
 from lab.figures import history as plotting
 from lab.system.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = int(os.environ.get("SPURIOUS_FUZZ_EXAMPLES", 100))
 RUNS = max(20, EXAMPLES // 100)
-FIELDS = {name: field for name, field, _ in configuration.fields()}
+FIELDS = {name: field for name, field, _ in schema.fields()}
 SHIPPED = [path.read_text() for path in (ROOT / "config.yaml", *sorted(ROOT.glob("configs/*")))]
 
 # Values as they stand in a file, right for some keys and wrong for most.
@@ -66,7 +66,7 @@ def outcome(path, overrides=()):
             config = load_config(path, overrides)
         except ConfigError as error:
             lines = error.problems
-            assert 1 <= len(lines) <= configuration.PROBLEMS + 1
+            assert 1 <= len(lines) <= messages.PROBLEMS + 1
             for line in lines:
                 assert line.strip() and line.isprintable() and len(line) < 1000, line
             return lines
@@ -288,10 +288,10 @@ def test_files_as_large_as_they_may_be(path, text):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["epochs=[" + "1," * configuration.OVERRIDES],
-        ["hidden_dim=[" + "1," * (configuration.OVERRIDES // 2 - 10) + "1]"],
+        ["epochs=[" + "1," * loading.OVERRIDES],
+        ["hidden_dim=[" + "1," * (loading.OVERRIDES // 2 - 10) + "1]"],
         [f"k{i}={'[]' * 2}" for i in range(3000)],
-        ["a." * (configuration.OVERRIDES // 2 - 5) + "a=1"],
+        ["a." * (loading.OVERRIDES // 2 - 5) + "a=1"],
         [f"{name}.{'a.' * 5000}a=1" for name in ("wandb", "epochs", "gap_dynamics_factors")],
         ["epochs=1"] * 4000,
     ],

@@ -17,7 +17,7 @@ import data_loader
 import main
 from benchmarks import celeba_standin
 from lab.config import facts as config_facts
-from lab.config import schema as configuration
+from lab.config import loading
 from lab.data_sets.sources import celeba
 from lab.figures import history as plotting
 from lab.splits import groups
@@ -28,7 +28,7 @@ from lab.system.errors import ConfigError, DataError
 NAMES = ["Blond_Hair", "Male", "Smiling", "Young"]
 PLANTED = {"Blond_Hair": ("Male", -1)}
 N = 360
-NO_ANALYSES = {f"analyze_{name}": False for name in config_facts.ANALYSES}
+NO_ANALYSES = {"analyses": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def keys(folder, **changes):
 
 
 def load(folder, **changes):
-    return data_loader.load(configuration.validate(keys(folder, **changes)))
+    return data_loader.load(loading.validate(keys(folder, **changes)))
 
 
 @pytest.fixture
@@ -301,7 +301,7 @@ def test_a_drawn_minority_against_an_independent_shortcut(tmp_path):
 
 def test_keys_of_other_data_sets_have_no_effect(faces):
     given = {"mnist_source": "full", "train_correlation": 0.5, "num_val_samples": 0}
-    config = configuration.validate(keys(faces[0], best_epoch_by="avg_acc") | given)
+    config = loading.validate(keys(faces[0], best_epoch_by="avg_acc") | given)
     assert [line for line in config.ignored if "dfr" not in line] == [
         "mnist_source (only for data sets of digits)",
         "train_correlation (the data set comes with its groups)",
@@ -344,7 +344,7 @@ def test_misspelt_attributes_are_named_with_the_nearest(faces, capsys, tmp_path)
 )
 def test_what_does_not_go_together_is_refused(faces, changes, message):
     with pytest.raises(ConfigError) as error:
-        configuration.validate(keys(faces[0], **changes))
+        loading.validate(keys(faces[0], **changes))
     assert message in str(error.value)
 
 

@@ -11,7 +11,7 @@ from test_cifar10 import write_folder
 import data_loader
 import main
 from lab.config import facts as config_facts
-from lab.config import schema as configuration
+from lab.config import loading
 from lab.data_sets import dominoes
 from lab.data_sets.sources import cifar10, mnist
 from lab.features import extraction as feature_extractor
@@ -65,7 +65,7 @@ def load(settings, sources, monkeypatch):
     return make
 
 
-NO_ANALYSES = {f"analyze_{name}": False for name in config_facts.ANALYSES}
+NO_ANALYSES = {"analyses": "none"}
 TEN = {"dominoes_classes": "ten", "loss_function": "cross_entropy", **NO_ANALYSES}
 
 
@@ -340,7 +340,7 @@ def test_features_of_composed_pictures(load, settings, tmp_path):
 )
 def test_combinations_that_are_refused(keys, expected):
     with pytest.raises(ConfigError) as error:
-        configuration.validate({"dataset_name": "Dominoes"} | keys)
+        loading.validate({"dataset_name": "Dominoes"} | keys)
     assert error.value.problems == (expected,)
 
 
@@ -352,14 +352,14 @@ def test_the_configuration_knows_how_many_pictures_there_are():
 
 def test_all_analyses_to_switch_off_are_in_one_line():
     with pytest.raises(ConfigError) as error:
-        configuration.validate({"loss_function": "cross_entropy"})
+        loading.validate({"loss_function": "cross_entropy"})
     assert len(error.value.problems) == 1
     assert all(f"analyze_{name}" in str(error.value) for name in config_facts.ANALYSES)
 
 
 def test_keys_without_effect():
     dominoes_keys = {"val_target_size": 80, "spurious_strength": 0.5, "data_augmentation": True}
-    assert configuration.validate(dominoes_keys).ignored == (
+    assert loading.validate(dominoes_keys).ignored == (
         "val_target_size (only for Dominoes and CelebA's drawn splits)",
         "spurious_strength "
         "(only for Dominoes with dominoes_classes: ten and CelebA's drawn splits)",
@@ -367,19 +367,19 @@ def test_keys_without_effect():
     )
     ten = {"dataset_name": "Dominoes", **TEN, "num_val_samples": 5, "train_correlation": 1}
     # Moments that contradict each other do not matter where they have no effect.
-    assert configuration.validate(ten | {"train_label_marginal": 0.5}).ignored == (
+    assert loading.validate(ten | {"train_label_marginal": 0.5}).ignored == (
         "num_val_samples (Dominoes takes it from val_target_size)",
         "train_correlation, train_label_marginal (ten classes are paired by spurious_strength)",
     )
     both = {"dataset_name": "Dominoes", "train_correlation": 1, "mnist_source": "full"}
-    assert configuration.validate(both).ignored == ()
+    assert loading.validate(both).ignored == ()
     target = {"dataset_name": "Dominoes", "dfr_val_split_strategy": "target"}
-    config = configuration.validate(target | {"dfr_num_retrains": 3})
+    config = loading.validate(target | {"dfr_num_retrains": 3})
     assert config.ignored == ("dfr_num_retrains (without dfr_balance there is one fit)",)
     assert (config.dfr_balance, config.dfr_standardize) == (False, False)
-    config = configuration.validate({"use_dfr": False, "dfr_balance": None})
+    config = loading.validate({"use_dfr": False, "dfr_balance": None})
     assert config.ignored == () and config.dfr_balance and config.dfr_standardize
-    assert configuration.validate(config.resolved()).ignored == ()
+    assert loading.validate(config.resolved()).ignored == ()
 
 
 def test_a_run_from_a_folder_of_pictures(tmp_path, data_dir, capsys):

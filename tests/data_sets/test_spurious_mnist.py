@@ -14,16 +14,16 @@ from test_resume import assert_equal, at_call, sent
 
 import data_loader
 import main
-from lab.config import facts as config_facts
 from lab.config import strict_yaml
-from lab.config.schema import Lines, NoShortcut, Square, load_config, validate
+from lab.config.keys import Lines, NoShortcut, Square
+from lab.config.loading import load_config, validate
 from lab.data_sets import spurious_mnist
 from lab.data_sets.sources import mnist
 from lab.figures import history as plotting
 from lab.retraining import head as dfr
 from lab.system.errors import ConfigError, DataError
 
-NO_ANALYSES = {f"analyze_{name}": False for name in config_facts.ANALYSES}
+NO_ANALYSES = {"analyses": "none"}
 CORNER = {"kind": "square", "position": "left_top", "size": 3}
 OTHER = {"kind": "square", "position": "right_bottom", "size": 5}
 LINES = {"kind": "lines", "orientation": "vertical", "distance": 7}
@@ -444,7 +444,7 @@ SMALL = {
          8: {"main": OTHER, "minority": CORNER, "probability": 0.9}}
     ),
     "dfr_c_options": "[1.0]", "dfr_num_retrains": 2, "dfr_num_workers": 1,
-    "wandb.enable": "false", **dict.fromkeys(NO_ANALYSES, "false"),
+    "wandb.enable": "false", "analyses": "none",
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import data_loader
 import main
 from lab.analyses import gram as analysis
 from lab.config import facts as config_facts
-from lab.config import schema as configuration
+from lab.config import loading
 from lab.data_sets import waterbirds as waterbirds_set
 from lab.data_sets.sources import waterbirds
 from lab.evaluation import metrics
@@ -126,7 +126,7 @@ def keys(folder, **changes):
 
 
 def load(folder, **changes):
-    return data_loader.load(configuration.validate(keys(folder, **changes)))
+    return data_loader.load(loading.validate(keys(folder, **changes)))
 
 
 def run(folder, results, **changes):
@@ -643,12 +643,12 @@ def test_streamed_run_equals_run_in_memory(good, tmp_path, monkeypatch, changes)
 
 
 def test_configuration(good):
-    config = configuration.validate(keys(good, mnist_source="full", train_correlation=0.9))
+    config = loading.validate(keys(good, mnist_source="full", train_correlation=0.9))
     ignored = " ".join(config.ignored)
     assert "mnist_source" in ignored and "train_correlation" in ignored
     # A correlation that the other marginals forbid does not matter where groups are given.
-    configuration.validate(keys(good, train_correlation=1, train_label_marginal=0.5))
-    colored = configuration.validate(
+    loading.validate(keys(good, train_correlation=1, train_label_marginal=0.5))
+    colored = loading.validate(
         {"remove_minority_groups_train": True, "on_bad_image": "skip", "train_correlation": 0.5}
     )
     assert colored.ignored == (
@@ -656,9 +656,9 @@ def test_configuration(good):
         "remove_minority_groups_train (only for the official splits of WaterBirds and CelebA)",
     )
     with pytest.raises(ConfigError, match=r"on_bad_image: given 'ignore'.*allowed: error, skip"):
-        configuration.validate({"on_bad_image": "ignore"})
+        loading.validate({"on_bad_image": "ignore"})
     with pytest.raises(ConfigError, match="ColoredMNIST has no official validation set"):
-        configuration.validate({"dfr_val_split_strategy": "original"})
+        loading.validate({"dfr_val_split_strategy": "original"})
     assert set(config_facts.HAS_OFFICIAL_VALIDATION) == set(data_loader.DATASETS)
 
 

@@ -22,8 +22,8 @@ import torchvision
 import data_loader
 import main
 from lab.config import facts as config_facts
-from lab.config import schema as configuration
-from lab.config.schema import derive_seed
+from lab.config import loading
+from lab.config.seeds import derive_seed
 from lab.features import backbones
 from lab.features import cache as feature_cache
 from lab.features import extraction as feature_extractor
@@ -415,7 +415,7 @@ def test_what_is_fetched_is_complete_and_has_its_hash(tmp_path, monkeypatch):
     target.unlink()
     monkeypatch.setitem(backbones.TORCHVISION, "ResNet18", ("resnet18", Weights))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    config = configuration.validate({"use_feature_extractor": True})
+    config = loading.validate({"use_feature_extractor": True})
     assert backbones.find_weights(config, backbones.resolve(config)) == target
 
 

@@ -17,8 +17,7 @@ import yaml
 
 import data_loader
 from benchmarks import celeba_standin
-from lab.config import facts as config_facts
-from lab.config import schema as configuration
+from lab.config import loading
 from lab.data_sets.sources import celeba
 from lab.evaluation import metrics
 from lab.features import extraction as feature_extractor
@@ -82,7 +81,7 @@ def keys(data, results, **changes):
         "num_test_samples": None, "normalize_inputs": False, "model_name": "ConvNet",
         "latent_size": 16, "epochs": 3, "train_batch_size": 32, "learning_rate": 0.02,
         "momentum": 0.9, "show_and_save_samples": False, "wandb": {"enable": False},
-        **{f"analyze_{name}": False for name in config_facts.ANALYSES},
+        "analyses": "none",
     } | changes  # fmt: skip
 
 
@@ -158,7 +157,7 @@ def test_accuracies_are_those_of_a_run_with_this_shortcut(whole):
     """The groups of a task with another attribute are those of the run `task:attribute`."""
     table = pd.read_csv(whole[1] / "group_accuracies.csv")
     (run,) = (whole[1] / "runs" / "Big_Lips").iterdir()
-    used = configuration.load_config(run / tracking.CONFIG)
+    used = loading.load_config(run / tracking.CONFIG)
     for attribute in ("Chubby", "Male"):
         config = used.model_copy(update={"groupings": [f"Big_Lips:{attribute}"]})
         splits = data_loader.load(config)
@@ -302,7 +301,7 @@ def test_batched_heads_are_those_trained_one_by_one(
 ):
     monkeypatch.setattr(feature_extractor, "Extractor", FakeExtractor)
     monkeypatch.setattr(batched_heads, "BLOCK_BYTES", 4 * 16 * 13 * 3)  # three heads of 13 inputs
-    config = configuration.validate(keys(faces[0], tmp_path, **(FEATURES | changes)))
+    config = loading.validate(keys(faces[0], tmp_path, **(FEATURES | changes)))
     correct, counts = spurious_matrix._train_heads(config, NAMES, "cpu", tmp_path, None)
     heads = heads_of(tmp_path)
     for t, name in list(enumerate(NAMES))[1:5]:  # of two blocks
@@ -376,7 +375,7 @@ def test_heads_that_diverge_are_named(faces, tmp_path, monkeypatch, capsys):
 
 
 def test_storage_orders_are_those_of_the_runs(faces, tmp_path):
-    config = configuration.validate(keys(*faces[:1], tmp_path))
+    config = loading.validate(keys(*faces[:1], tmp_path))
     base = data_loader.load(
         spurious_matrix.task_config(config, spurious_matrix.grouping(NAMES, "Bangs"))
     )
@@ -434,7 +433,7 @@ def test_other_data_sets_are_refused(capsys):
 
 @pytest.mark.parametrize("name", ["celeba", "celeba_features"])
 def test_presets_can_be_run(name):
-    config = configuration.load_config(ROOT / "configs" / f"{name}_spurious_matrix.yaml")
+    config = loading.load_config(ROOT / "configs" / f"{name}_spurious_matrix.yaml")
     spurious_matrix.check(config)
     # What a job of the sweep, which only sets the task, has to have from the file.
     assert all(getattr(config, key) == value for key, value in spurious_matrix.OWN.items())

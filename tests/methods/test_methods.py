@@ -7,7 +7,7 @@ import torch
 from conftest import make_splits
 
 from lab import methods
-from lab.config.schema import validate
+from lab.config.loading import validate
 from lab.evaluation import metrics
 from lab.networks import mlp as model
 from lab.training import loop as trainer

@@ -8,7 +8,7 @@ import torch
 from conftest import make_split, make_splits
 
 from lab import methods
-from lab.config.schema import validate
+from lab.config.loading import validate
 from lab.evaluation import metrics
 from lab.figures import history as plotting
 from lab.methods import scale

@@ -20,7 +20,7 @@ from test_resume import at_call, sent
 
 import main
 from lab import methods
-from lab.config import schema as configuration
+from lab.config import loading
 from lab.evaluation import metrics, shortcuts
 from lab.figures import history as plotting
 from lab.methods import entropy
@@ -60,7 +60,7 @@ def build(splits, name="None", **changes):
         "dataset_name": "CelebA", "groupings": [f"A{t}:B" for t in range(len(splits.tasks))],
         "debias_method": name, "use_dfr": False, "num_val_samples": None, **NO_ANALYSES,
     }  # fmt: skip
-    return methods.build(configuration.validate(asked | changes), splits)
+    return methods.build(loading.validate(asked | changes), splits)
 
 
 LOSSES = torch.tensor([[0.5, 2.0], [1.5, 4.0], [1.0, 0.0]], dtype=torch.float64)
@@ -105,7 +105,7 @@ def test_the_minority_of_every_task_tells_the_best_epoch(fake_run):
     assert second.in_minority.any()
     splits.tasks[1] = dataclasses.replace(splits.tasks[1], minority=(False,) * 4)
     assert not trainer.has_minority(splits)
-    config = configuration.validate({"best_epoch_by": "minority_acc", "hidden_dim": 4})
+    config = loading.validate({"best_epoch_by": "minority_acc", "hidden_dim": 4})
     network = model.build(config, (5,), 2).double()
     with pytest.raises(DataError, match="best_epoch_by: given minority_acc, but the validation"):
         trainer.train(network, splits, config, fake_run)
@@ -114,7 +114,7 @@ def test_the_minority_of_every_task_tells_the_best_epoch(fake_run):
 def test_loss_balanced_weights_carry_no_gradient():
     splits = two_tasks()
     method = build(splits, loss_balanced_task_weighting=True)
-    net = model.build(configuration.validate({"hidden_dim": 4}), (5,), 2).double()
+    net = model.build(loading.validate({"hidden_dim": 4}), (5,), 2).double()
     loss = metrics.LOSSES["logistic"]
     x, y, group = splits.train.inputs, splits.train.y, splits.train.group
     method.backward(net, loss, x[:20], y[:20], group[:20])
@@ -357,7 +357,7 @@ def test_one_task_among_several_is_the_single_task_bit_for_bit(tmp_path):
     several = dataclasses.replace(
         single, train=column(single.train), test=column(single.test), tasks=[task]
     )
-    config = configuration.validate(
+    config = loading.validate(
         {"hidden_dim": 6, "epochs": 2, "train_batch_size": 8, "learning_rate": 0.3, **NO_ANALYSES}
     )
     found = []
@@ -413,9 +413,9 @@ def test_one_task_among_several_is_the_single_task_bit_for_bit(tmp_path):
 )
 def test_what_several_tasks_cannot_have_is_refused(changes, message):
     given_keys = keys("x", groupings=TWO, use_dfr=False, **NO_ANALYSES)
-    assert configuration.validate(given_keys)
+    assert loading.validate(given_keys)
     with pytest.raises(ConfigError) as error:
-        configuration.validate(given_keys | changes)
+        loading.validate(given_keys | changes)
     assert message in str(error.value)
 
 

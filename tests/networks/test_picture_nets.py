@@ -15,8 +15,8 @@ from conftest import in_float64, make_split, make_splits
 
 import data_loader
 from lab.analyses import gram as analysis
-from lab.config.facts import END_TO_END, RESNETS
-from lab.config.schema import Config, validate
+from lab.config.facts import RESNETS
+from lab.config.loading import validate
 from lab.evaluation import metrics
 from lab.features import backbones
 from lab.networks import mlp as model
@@ -142,13 +142,6 @@ def test_number_of_outputs():
     assert model.num_outputs(by_class, 10) == 10
 
 
-def test_names_agree_with_the_configuration():
-    names = Config.model_fields["model_name"].annotation.__args__
-    assert {*names} == {"MLP", *model.PICTURE_NETS} == {"MLP", *END_TO_END}
-    assert {*model.BYTES_PER_PIXEL} == {*END_TO_END}
-    assert {*model.RESNET_FEATURES} == {*RESNETS}
-
-
 @pytest.mark.parametrize("shape", [(7,), (2, 28, 28), (3, 28, 3)])
 def test_what_is_no_picture_is_refused(shape):
     with pytest.raises(ValueError, match="takes pictures"):
@@ -270,7 +263,7 @@ def test_analyses_leave_the_training_of_a_picture_network_as_it_is(fake_run, set
     due = {f"{name}_analysis_epochs": [1] for name in analysis.ANALYSES}
     net, _ = train(fake_run, settings, name, splits, **keys, **due)
     rows, analyses = fake_run.rows, fake_run.analyses
-    never = {f"analyze_{name}": False for name in analysis.ANALYSES}
+    never = {"analyses": "none"}
     twin, _ = train(fake_run, settings, name, splits, **keys, **never)
     assert {row["split"] for row in analyses} == {"train", "test", "test_under_train"}
     assert not fake_run.analyses
@@ -292,7 +285,7 @@ def test_method_total_is_measured_on_a_convnet(fake_run, settings):
 
 def test_a_convnet_learns_the_colours_and_dfr_reads_its_features(fake_run, settings):
     keys = {"normalize_inputs": False, "learning_rate": 0.1, "dfr_num_retrains": 2}
-    keys |= {f"analyze_{name}": False for name in analysis.ANALYSES}
+    keys |= {"analyses": "none"}
     splits = data_loader.load(settings(**keys))
     net, summaries = train(fake_run, settings, "ConvNet", splits, train_batch_size=16, **keys)
     assert summaries["train"]["avg_loss"] < fake_run.rows[0]["train_avg_loss"] - 0.1

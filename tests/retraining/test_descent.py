@@ -10,8 +10,7 @@ import torch
 from conftest import in_float64, make_split, make_splits, many_groups
 
 import main
-from lab.config import schema as configuration
-from lab.config.facts import ANALYSES
+from lab.config import loading
 from lab.evaluation import metrics
 from lab.figures import history as plotting
 from lab.networks import mlp as model
@@ -21,7 +20,7 @@ from lab.splits.splits import Splits
 from lab.system.errors import ConfigError, DataError, UserError
 
 SGD = {"dfr_solver": "sgd", "dfr_sgd_epochs": 6, "dfr_sgd_batch_size": 7}
-NO_ANALYSES = {f"analyze_{name}": False for name in ANALYSES}
+NO_ANALYSES = {"analyses": "none"}
 
 
 def pictures_of_three_classes(counts, seed):
@@ -242,13 +241,13 @@ def test_a_learning_rate_that_is_too_large_is_told(settings):
 
 def test_what_the_configuration_says_of_the_solver():
     with pytest.raises(ConfigError, match="dfr_target_layer: given layer_0, but dfr_solver: sgd"):
-        configuration.validate({"dfr_solver": "sgd", "dfr_target_layer": "layer_0"})
+        loading.validate({"dfr_solver": "sgd", "dfr_target_layer": "layer_0"})
     given = {"dfr_reg": "l2", "dfr_num_retrains": 3, "dfr_sgd_patience": None}
-    assert configuration.validate(given).ignored == ("dfr_sgd_patience (only for dfr_solver: sgd)",)
-    assert configuration.validate(given | {"dfr_solver": "sgd"}).ignored == (
+    assert loading.validate(given).ignored == ("dfr_sgd_patience (only for dfr_solver: sgd)",)
+    assert loading.validate(given | {"dfr_solver": "sgd"}).ignored == (
         "dfr_reg, dfr_num_retrains (only for dfr_solver: sklearn)",
     )
-    off = configuration.validate({"dfr_solver": "sgd", "use_dfr": False, "dfr_sgd_epochs": 3})
+    off = loading.validate({"dfr_solver": "sgd", "use_dfr": False, "dfr_sgd_epochs": 3})
     assert off.ignored == (
         "dfr_solver (without use_dfr)", "dfr_sgd_epochs (only for dfr_solver: sgd)",
     )  # fmt: skip
@@ -262,7 +261,7 @@ def run_folder(data_dir, tmp_path_factory):
             "data_dir": data_dir, "results_dir": results, "dfr_num_workers": 1,
             "dfr_solver": "sgd", "dfr_sgd_epochs": 20, "wandb.enable": "false",
             "dfr_num_retrains": 3,
-            **{f"analyze_{name}": "false" for name in ANALYSES}}  # fmt: skip
+            "analyses": "none"}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plotting, "FIGURES", {"dfr": plotting.dfr})
         assert main.main([f"{key}={value}" for key, value in keys.items()]) == 0

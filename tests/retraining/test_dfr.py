@@ -10,7 +10,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.preprocessing import StandardScaler
 
-from lab.config.facts import ANALYSES
 from lab.evaluation import metrics
 from lab.networks import mlp as model
 from lab.retraining import head as dfr
@@ -201,7 +200,7 @@ def three_classes(counts, seed):
 
 
 def target_problem(settings, **keys):
-    none = {f"analyze_{name}": False for name in ANALYSES}
+    none = {"analyses": "none"}
     config = settings(
         dataset_name="Dominoes", dominoes_classes="ten", loss_function="cross_entropy",
         dfr_val_split_strategy="target", eval_batch_size=11, **none | keys,
@@ -284,7 +283,7 @@ def test_the_target_set_balanced_and_standardised(settings, monkeypatch):
 
 @pytest.mark.parametrize("loss", ["logistic", "cross_entropy"])
 def test_two_classes_on_the_target_set(settings, loss):
-    none = {f"analyze_{name}": False for name in ANALYSES}
+    none = {"analyses": "none"}
     config = settings(
         dataset_name="Dominoes", loss_function=loss, dfr_val_split_strategy="target",
         dfr_c_options=[1.0], **none,

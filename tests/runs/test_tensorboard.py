@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import main as program
-from lab.config import schema as configuration
+from lab.config import loading, schema
 from lab.figures import history as plotting
 from lab.runs import trackers
 from lab.system import files
@@ -137,9 +137,9 @@ def test_a_run(go):
     np.testing.assert_allclose(grid / 255, np.concatenate(group, axis=1), atol=1 / 255)
 
     data = hyperparameters(found)
-    config = configuration.load_config(folder / "config_used.yaml")
+    config = loading.load_config(folder / "config_used.yaml")
     shown = data["_hparams_/session_start_info"].session_start_info.hparams
-    assert set(shown) == {name for name, _, _ in configuration.fields()}
+    assert set(shown) == {name for name, _, _ in schema.fields()}
     assert shown["learning_rate"].number_value == config.learning_rate
     assert shown["use_dfr"].string_value == "true"
     assert shown["weight_decay"].number_value == 0
@@ -215,7 +215,7 @@ def test_two_files_of_a_run_that_was_killed_between_them_become_one(go):
     (path,) = (folder / "tensorboard").iterdir()
     (folder / "tensorboard" / "events.out.tfevents.0").write_bytes(path.read_bytes()[:-1])
     (folder / "tensorboard" / ".events.out-123").write_bytes(b"half")
-    config = configuration.load_config(folder / "config_used.yaml")
+    config = loading.load_config(folder / "config_used.yaml")
     tracker = trackers.start_tensorboard(config, folder)
     tracker.images(list((folder / "plots").iterdir()))
     tracker.finish({}, failed=False)
@@ -253,7 +253,6 @@ def test_settings_that_are_mappings(settings, tmp_path):
     config = settings(
         tensorboard=True, dataset_name="SpuriousMNIST", loss_function="cross_entropy",
         spurious_features={"3": {"main": shortcut}},
-        **{f"analyze_{name}": False for name in configuration.config_checks.ANALYSES},
     )  # fmt: skip
     trackers.start_tensorboard(config, tmp_path).finish({}, failed=False)
     data = hyperparameters(events(tmp_path))["_hparams_/session_start_info"]

@@ -18,7 +18,6 @@ import pytest
 import yaml
 
 import sweep
-from lab.config import facts as config_facts
 from lab.sweeping import launch, plan
 
 pytestmark = pytest.mark.slurm
@@ -150,7 +149,7 @@ def sweep_file(tmp_path_factory):
         "show_and_save_samples": False, "wandb": {"enable": False},
         "data_dir": str(folder / "data"), "results_dir": str(folder / "results"),
     }  # fmt: skip
-    base |= {f"analyze_{name}": False for name in config_facts.ANALYSES}
+    base |= {"analyses": "none"}
     (folder / "base.yaml").write_text(yaml.dump(base))
     whole = {
         "config": str(folder / "base.yaml"),

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lab.config import schema as configuration
+from lab.config import seeds
 from lab.sweeping import collect, figures
 from lab.system.errors import UserError
 
@@ -172,7 +172,7 @@ def test_a_seed_alone_has_no_deviation_and_no_interval(swept):
 
 def test_bootstrap_is_the_plain_loop():
     values = [0.5, 0.7, 0.62, 0.9]
-    generator = np.random.default_rng(configuration.derive_seed(0, "bootstrap"))
+    generator = np.random.default_rng(seeds.derive_seed(0, "bootstrap"))
     draws = generator.integers(4, size=(10_000, 4))
     means = sorted(sum(values[i] for i in draw) / 4 for draw in draws)
 

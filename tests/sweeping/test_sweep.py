@@ -15,9 +15,7 @@ import pytest
 import yaml
 
 import sweep
-from lab.config import facts as config_facts
-from lab.config import schema as configuration
-from lab.config import strict_yaml
+from lab.config import loading, strict_yaml
 from lab.sweeping import launch, plan
 from lab.system.errors import ConfigError, UserError
 
@@ -283,7 +281,7 @@ def test_the_manifest_and_the_base_are_kept_as_they_were(begin, tmp_path):
     assert strict_yaml.parse(manifest["sweep_file"], "")["seeds"] == 2
     (tmp_path / "base.yaml").write_text("epochs: 99\n")
     arguments = launch.Attempt(folder, manifest["jobs"][1]).command()[2:]
-    job = configuration.load_config(arguments[1], arguments[2:])
+    job = loading.load_config(arguments[1], arguments[2:])
     assert (job.epochs, job.learning_rate, job.hidden_dim, job.seed) == (3, 0.1, 8, 1)
     assert job.results_dir == str(folder / "jobs" / "0001")
     assert job.wandb.group == folder.name
@@ -305,7 +303,7 @@ def test_debug_prints_the_commands_and_writes_nothing(write, tmp_path, monkeypat
     for line in lines:
         python, program, flag, base, *overrides = shlex.split(line)
         assert (python, program, flag) == ("python", "main.py", "--config")
-        job = configuration.load_config(base, overrides)
+        job = loading.load_config(base, overrides)
         found.append((job.epochs, job.seed, job.hidden_dim))
     assert found == [(1, 0, 8), (1, 1, 8), (2, 0, 8), (2, 1, 8)]
 
@@ -559,7 +557,7 @@ def test_two_jobs_with_the_same_features_extract_them_once(write, data_dir, tmp_
         use_feature_extractor=True, feature_extractor_weights="random", num_workers=1,
         show_and_save_samples=False, data_dir=str(data_dir), results_dir=str(tmp_path / "results"),
         features_cache_dir=str(tmp_path / "features"),
-        **{f"analyze_{name}": False for name in config_facts.ANALYSES},
+        analyses="none",
     )  # fmt: skip
     code, out, err = run_sweep(capsys, path, "--jobs", 2)
     assert (code, out[-2]) == (0, "2 jobs: 2 done"), err

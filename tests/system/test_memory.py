@@ -2,7 +2,7 @@
 
 import pytest
 
-from lab.config.schema import validate
+from lab.config.loading import validate
 from lab.networks import mlp as model
 from lab.system import memory
 from lab.system.errors import ConfigError

@@ -10,7 +10,7 @@ from conftest import make_split, make_splits
 from test_resume import assert_equal, at_call, go, kept, sent  # noqa: F401, fixtures
 from test_trainer import run
 
-from lab.config.schema import validate
+from lab.config.loading import validate
 from lab.system.errors import ConfigError, DataError
 from lab.training import loop as trainer
 
