@@ -26,8 +26,8 @@ import torch
 
 from lab.config.facts import ANALYSES
 from lab.config.schema import Config, derive_seed
-from lab.evaluation import metrics
-from lab.evaluation.metrics import Loss
+from lab.evaluation import metrics, predictions
+from lab.evaluation.losses import LOSSES, Loss
 from lab.networks.mlp import MLP
 from lab.splits import groups
 from lab.splits.splits import Split, Splits
@@ -200,8 +200,8 @@ def _accumulate(model, split: Split, parts, loss: Loss, kinds, batch_size: int, 
     hooks = [layer.register_forward_hook(remember) for layer in wanted]
     try:
         collected = []
-        plan = metrics.group_batches(split, batch_size, model)
-        for group, batch, x in metrics.batches(split, plan):
+        plan = predictions.group_batches(split, batch_size, model)
+        for group, batch, x in predictions.batches(split, plan):
             with torch.enable_grad():
                 f = model(x)
                 sensitivities = torch.autograd.grad(f.sum(), [outputs[layer] for layer in wanted])
@@ -226,8 +226,8 @@ def _accumulate_by_autograd(
     """`_accumulate` for a network of any layers: one backward pass for each kind of row."""
     parameters = [part.parameter for part in parts]
     collected = []
-    plan = metrics.group_batches(split, batch_size, model)
-    for group, batch, x in metrics.batches(split, plan):
+    plan = predictions.group_batches(split, batch_size, model)
+    for group, batch, x in predictions.batches(split, plan):
         with torch.enable_grad():
             f = model(x)
         collected.append(f.detach())
@@ -434,7 +434,7 @@ class Analyses:
 
     def __init__(self, config: Config, splits: Splits):
         self.config = config
-        self.loss = metrics.LOSSES[config.loss_function]
+        self.loss = LOSSES[config.loss_function]
         target = config.analysis_target
         self.sides = [side for side in SIDES if target in (side, "both")]
         self.splits = {side: getattr(splits, side) for side in self.sides}
@@ -482,7 +482,10 @@ class Analyses:
         K_jacobian, jacobian_f = self._gram(model, self.jacobian_samples, jacobian_rows)
         if "model_output_expectation" in due and not f:
             size = self.config.eval_batch_size
-            f = {side: metrics.outputs(model, split, size) for side, split in self.samples.items()}
+            f = {
+                side: predictions.outputs(model, split, size)
+                for side, split in self.samples.items()
+            }
         whole = {
             side: values
             for found, samples in ((f, self.samples), (jacobian_f, self.jacobian_samples))

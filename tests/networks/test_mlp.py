@@ -8,7 +8,7 @@ import torch
 from conftest import make_split
 
 from lab.config.schema import validate
-from lab.evaluation import metrics
+from lab.evaluation.losses import LOSSES
 from lab.networks import mlp as model
 from lab.system.errors import ConfigError
 from lab.training import loop as trainer
@@ -113,7 +113,7 @@ def test_registries_and_literal_tables_agree():
 
     choices = {name: field.annotation for name, field in Config.model_fields.items()}
     assert set(choices["activation_function"].__args__) == set(model.ACTIVATIONS)
-    assert set(choices["loss_function"].__args__) == set(metrics.LOSSES)
+    assert set(choices["loss_function"].__args__) == set(LOSSES)
     assert set(choices["debias_method"].__args__) == set(METHODS)
     assert set(choices["dataset_name"].__args__) == set(DATASETS) == set(HAS_OFFICIAL_VALIDATION)
     assert set(FULL_BATCH_METHODS) == {n for n, method in METHODS.items() if method.weights_groups}
@@ -146,7 +146,7 @@ def feature_changes(width, steps=3, **keys):
 
         before = outputs()
         optimizer = trainer.build_optimizer(net, config)
-        loss = metrics.LOSSES["logistic"]
+        loss = LOSSES["logistic"]
         for _ in range(steps):
             trainer.full_batch_step(net, optimizer, split, loss, [0.25] * 4, 1000)
         changes.append(
