@@ -71,7 +71,7 @@ def ours(data_dir: Path, folder: Path, fraction: float) -> dict:
     import torch
 
     from lab.data_sets.sources import waterbirds
-    from lab.evaluation.metrics import LOSSES
+    from lab.evaluation.losses import LOSSES
     from lab.features import extraction as feature_extractor
     from lab.networks import mlp as model
     from lab.splits.pictures import Pictures

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 from lab.config import loading
 from lab.config.facts import END_TO_END
-from lab.evaluation import metrics
+from lab.evaluation import predictions
+from lab.evaluation.losses import class_index
 from lab.retraining import head as dfr
 from lab.system import files
 from lab.system.errors import ConfigError, UserError
@@ -50,7 +51,7 @@ def heat_maps(network, layer, x, y, by_pixel: bool = False) -> torch.Tensor:
         f = network(x)
     finally:
         hook.remove()
-    label = metrics.class_index(y)[:, None]
+    label = class_index(y)[:, None]
     chosen = f * y if f.dim() == 1 else f.gather(1, label)
     (gradient,) = torch.autograd.grad(chosen.sum(), maps)
     alpha = gradient if by_pixel else gradient.mean((2, 3), keepdim=True)
@@ -63,8 +64,8 @@ def heat_maps(network, layer, x, y, by_pixel: bool = False) -> torch.Tensor:
 def shortcut_shares(network, layer, split, masks, config, by_pixel: bool = False) -> torch.Tensor:
     """Share (N,) of each sample's heat on the pixels of its group's mask (G, H, W); NaN of none."""
     shares, group = [], split.group
-    plan = metrics.evaluation_plan(split, config.eval_batch_size, network)
-    for _, index, x in metrics.batches(split, plan):
+    plan = predictions.evaluation_plan(split, config.eval_batch_size, network)
+    for _, index, x in predictions.batches(split, plan):
         heat = heat_maps(network, layer, x, split.y[index], by_pixel)
         share = (heat * masks[group[index]]).sum((1, 2))
         shares.append(torch.where(heat.sum((1, 2)) > 0, share, torch.nan))
@@ -159,7 +160,7 @@ def _examples(networks: dict, split) -> dict[str, np.ndarray]:
     """
     first = [range(s.start, min(s.stop, s.start + DIGITS_PER_GROUP)) for s in split.slices]
     rows = torch.tensor([i for part in first for i in part], device=split.y.device)
-    (x,) = (x for _, _, x in metrics.batches(split, [(None, rows)]))
+    (x,) = (x for _, _, x in predictions.batches(split, [(None, rows)]))
     arrays = {"pictures": x - x.amin((1, 2, 3), keepdim=True)}
     for when, network in networks.items():
         parts = zip(x.split(DIGITS_PER_GROUP), split.y[rows].split(DIGITS_PER_GROUP))

@@ -23,8 +23,10 @@ import math
 import numpy as np
 import torch
 
-from lab.evaluation import metrics
-from lab.evaluation.metrics import Loss
+from lab.config.facts import ANALYSES
+from lab.config.schema import Config, derive_seed
+from lab.evaluation import metrics, predictions
+from lab.evaluation.losses import LOSSES, Loss
 from lab.networks.mlp import MLP
 from lab.splits import groups
 from lab.splits.splits import Split
@@ -195,8 +197,8 @@ def _accumulate(model, split: Split, parts, loss: Loss, kinds, batch_size: int, 
     hooks = [layer.register_forward_hook(remember) for layer in wanted]
     try:
         collected = []
-        plan = metrics.group_batches(split, batch_size, model)
-        for group, batch, x in metrics.batches(split, plan):
+        plan = predictions.group_batches(split, batch_size, model)
+        for group, batch, x in predictions.batches(split, plan):
             with torch.enable_grad():
                 f = model(x)
                 sensitivities = torch.autograd.grad(f.sum(), [outputs[layer] for layer in wanted])
@@ -221,8 +223,8 @@ def _accumulate_by_autograd(
     """`_accumulate` for a network of any layers: one backward pass for each kind of row."""
     parameters = [part.parameter for part in parts]
     collected = []
-    plan = metrics.group_batches(split, batch_size, model)
-    for group, batch, x in metrics.batches(split, plan):
+    plan = predictions.group_batches(split, batch_size, model)
+    for group, batch, x in predictions.batches(split, plan):
         with torch.enable_grad():
             f = model(x)
         collected.append(f.detach())
@@ -237,3 +239,328 @@ def _accumulate_by_autograd(
             for part, gradient in zip(parts, gradients):
                 part.gradients[side_index, group, k] += gradient
     return torch.cat(collected)
+
+
+def _rows(side: str, kind: int, weights) -> np.ndarray:
+    """Coefficients (16,) of Σ_g weights_g ∇_g (or m_g) of a side."""
+    u = np.zeros(2 * ROWS)
+    start = ROWS * SIDES.index(side) + 4 * kind
+    u[start : start + 4] = weights
+    return u
+
+
+def product(K: np.ndarray, u: np.ndarray, v: np.ndarray) -> float:
+    """⟨Σ u_i V_i, Σ v_j V_j⟩ = uᵀ K v over the rows that have a weight.
+
+    Rows without a weight do not count even where K is NaN (empty groups). A weight on such a row,
+    or a weight that is NaN itself, makes the product NaN, even with a combination that is zero.
+    """
+    i, j = np.flatnonzero(u), np.flatnonzero(v)
+    undefined = np.isnan([*u, *v, *K.diagonal()[i], *K.diagonal()[j]]).any()
+    if undefined:
+        return math.nan
+    return float(u[i] @ K[np.ix_(i, j)] @ v[j])
+
+
+def norm_squared(K: np.ndarray, u: np.ndarray) -> float:
+    """‖Σ u_i V_i‖², clipped to 0 where rounding makes it negative."""
+    return float(np.maximum(product(K, u, u), 0.0))
+
+
+def norm(K: np.ndarray, u: np.ndarray) -> float:
+    """‖Σ u_i V_i‖."""
+    return math.sqrt(norm_squared(K, u))
+
+
+def cosine(K: np.ndarray, u: np.ndarray, v: np.ndarray) -> float:
+    """Cosine of two combinations of rows; NaN when one has norm 0."""
+    norms = norm(K, u) * norm(K, v)
+    return float(np.clip(product(K, u, v) / norms, -1, 1)) if norms != 0 else math.nan
+
+
+def _unit(g: int) -> np.ndarray:
+    return np.eye(4)[g]
+
+
+def _basis(side: str, kind: int, counts) -> dict[str, np.ndarray]:
+    """Walsh-Hadamard combinations ¼Σ, ¼Σy, ¼Σa, ¼Σya of a side; NaN when a group is empty."""
+    scale = 0.25 if min(counts) > 0 else math.nan
+    signs = {"inv": np.ones(4), "Y": Y, "A": A, "AY": A * Y}
+    return {name: _rows(side, kind, sign * scale) for name, sign in signs.items()}
+
+
+def gradient_basis(K: np.ndarray, side: str, counts) -> dict[str, float]:
+    """Norms and cosines of v_inv, v_Y, v_A, v_AY: ¼Σ∇_g, ¼Σy∇_g, ¼Σa∇_g, ¼Σya∇_g.
+
+    They are the Walsh-Hadamard transform of the group gradients, in which
+    ∇R = v_inv + ȳ v_Y + ā v_A + (ρ + ȳā) v_AY.
+    """
+    basis = _basis(side, GRADIENT, counts)
+    names = list(basis)
+    result = {f"norm_{name}": norm(K, basis[name]) for name in names}
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            result[f"cosine_{first}_{second}"] = cosine(K, basis[first], basis[second])
+    return result
+
+
+def gap_dynamics_factors(
+    K: np.ndarray, pair, gap_side: str, flow_side: str, counts, flow_weights
+) -> dict[str, float]:
+    """Split of d/dt (R_g1 - R_g2) = ⟨∇_g2 - ∇_g1, ∇R⟩ = ⟨Δ, ∇R⟩ for a pair (g1, g2).
+
+    term1 = ⟨Δ, v_inv⟩: what is left without any bias; term2 = ⟨Δ, ȳ v_Y + ā v_A + ȳā v_AY⟩:
+    marginal imbalance; term3 = ⟨Δ, ρ v_AY⟩: the spurious correlation. They add up to `total`.
+    `method_total` = ⟨Δ, Σ w_g ∇_g⟩ for the flow weights of the run's own method.
+
+    Δ comes from `gap_side`, ∇R and the moments (from `counts`) from `flow_side`.
+    """
+    g1, g2 = pair
+    delta = _rows(gap_side, GRADIENT, _unit(g2) - _unit(g1))
+    basis = _basis(flow_side, GRADIENT, counts)
+    y_mean, a_mean, covariance = groups.moments(counts)
+    marginal = y_mean * basis["Y"] + a_mean * basis["A"] + y_mean * a_mean * basis["AY"]
+    return {
+        "term1": product(K, delta, basis["inv"]),
+        "term2": product(K, delta, marginal),
+        "term3": product(K, delta, covariance * basis["AY"]),
+        "total": product(K, delta, _rows(flow_side, GRADIENT, groups.shares(counts))),
+        "method_total": product(K, delta, _rows(flow_side, GRADIENT, flow_weights)),
+    }
+
+
+def static_dynamic_decomposition(
+    K: np.ndarray, pair, gap_side: str, flow_side: str, counts, loss: Loss
+) -> dict[str, float]:
+    """Static and dynamic parts of ⟨Δ, ∇R⟩ for a pair (minority, majority), Δ = ∇_maj - ∇_min.
+
+    Every ∇_g = static c₀(y)·m_g + dynamic rest, with c₀(y) = ∂ℓ/∂f at f = 0. TermA =
+    ⟨Δ_static, ∇R_static⟩, TermB the two mixed products, TermC = ⟨Δ_dynamic, ∇R_dynamic⟩.
+    """
+    at_zero = loss.at_zero(Y)
+
+    def parts(side, weights):
+        whole = _rows(side, GRADIENT, weights)
+        static = _rows(side, JACOBIAN, weights * at_zero)
+        return whole, static, whole - static
+
+    minority, majority = pair
+    delta, delta_static, delta_dynamic = parts(gap_side, _unit(majority) - _unit(minority))
+    flow, flow_static, flow_dynamic = parts(flow_side, np.array(groups.shares(counts)))
+    return {
+        "TermA": product(K, delta_static, flow_static),
+        "TermB": product(K, delta_static, flow_dynamic) + product(K, delta_dynamic, flow_static),
+        "TermC": product(K, delta_dynamic, flow_dynamic),
+        "total": product(K, delta, flow),
+    }
+
+
+def jacobian_norm(K: np.ndarray, side: str, counts) -> dict[str, float]:
+    """Norms and angles of the mean Jacobians m_g and of their contrasts.
+
+    Δ_S = ½Σ a·m_g (attribute) and Δ_L = ½Σ y·m_g (label); m_A = Δ_S/2, m_Y = Δ_L/2.
+    """
+    single = [_rows(side, JACOBIAN, _unit(g)) for g in range(4)]
+    basis = _basis(side, JACOBIAN, counts)
+    m_A, m_Y = basis["A"], basis["Y"]
+    delta_S, delta_L = 2 * m_A, 2 * m_Y
+    result = {f"norm_sq_{groups.name(g)}": norm_squared(K, single[g]) for g in range(4)}
+    for i in range(4):
+        for j in range(i + 1, 4):
+            name = groups.pair_name(i, j)
+            result[f"dot_{name}"] = product(K, single[i], single[j])
+            result[f"cosine_{name}"] = cosine(K, single[i], single[j])
+            result[f"dist_sq_{name}"] = norm_squared(K, single[i] - single[j])
+    norm_S, norm_L = norm(K, delta_S), norm(K, delta_L)
+    return result | {
+        "norm_Delta_S": norm_S,
+        "norm_Delta_L": norm_L,
+        "ratio_Delta_S_L": norm_S / norm_L if norm_L != 0 else math.nan,
+        "dot_Delta_S_Delta_L": product(K, delta_S, delta_L),
+        "cosine_Delta_S_Delta_L": cosine(K, delta_S, delta_L),
+        "norm_sq_m_A": norm_squared(K, m_A),
+        "norm_sq_m_Y": norm_squared(K, m_Y),
+        "dot_m_A_m_Y": product(K, m_A, m_Y),
+    }
+
+
+def model_output_expectation(f: torch.Tensor, split: Split) -> dict[str, float]:
+    """Mean and standard deviation (n - 1) of the output f (N,) in each group."""
+    f = metrics.float64(f)
+    result = {}
+    for g, part in enumerate(split.slices):
+        values = f[part]
+        result[f"mean_{groups.name(g)}"] = values.mean().item() if len(values) else math.nan
+        result[f"std_{groups.name(g)}"] = values.std().item() if len(values) > 1 else math.nan
+    return result
+
+
+def capped(split: Split, samples: int | None, seed: int) -> Split:
+    """A random subset with at most `samples` of each group; the split itself when that is all."""
+    if samples is None or max(split.counts) <= samples:
+        return split
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for part in split.slices:
+        order = torch.randperm(part.stop - part.start, generator=generator)
+        chosen.append(part.start + order[:samples].sort().values)
+    index = torch.cat(chosen).to(split.y.device)
+    counts = [len(indices) for indices in chosen]
+    return split.subset(index, counts)
+
+
+@dataclass
+class Measurement:
+    """What one checkpoint's passes over the data gave.
+
+    K: Gram matrix on the samples of all analyses but the Jacobian norms, K_jacobian on those of
+    the Jacobian norms (the same matrix when the samples are the same); outputs: f of the whole
+    splits where a pass covered them; expectation_outputs: f on the samples of K.
+    """
+
+    epoch: int
+    due: set
+    K: np.ndarray | None
+    K_jacobian: np.ndarray | None
+    outputs: dict
+    expectation_outputs: dict
+
+
+class Analyses:
+    """The analyses of a run: which are due, on which samples, and their rows."""
+
+    def __init__(self, config: Config, splits: Splits):
+        self.config = config
+        self.loss = LOSSES[config.loss_function]
+        target = config.analysis_target
+        self.sides = [side for side in SIDES if target in (side, "both")]
+        self.splits = {side: getattr(splits, side) for side in self.sides}
+        self.samples = self._capped(config.gradient_gram_num_samples)
+        self.jacobian_samples = self.samples
+        if config.jacobian_num_samples != config.gradient_gram_num_samples:
+            self.jacobian_samples = self._capped(config.jacobian_num_samples)
+        # Caps that exceed every group leave the splits as they are; then one pass serves all.
+        self.one_pass = all(self.samples[s] is self.jacobian_samples[s] for s in self.sides)
+        self.flows = [(side, side, side) for side in self.sides]
+        if target == "both":
+            self.flows.append(("test_under_train", "test", "train"))
+
+    def _capped(self, samples):
+        seed = self.config.seed
+        return {
+            side: capped(split, samples, derive_seed(seed, "analysis samples", side))
+            for side, split in self.splits.items()
+        }
+
+    def due(self, epoch: int) -> set[str]:
+        """Names of the analyses to be made at this epoch."""
+        due = set()
+        for name in ANALYSES:
+            epochs = getattr(self.config, f"{name}_analysis_epochs")
+            if getattr(self.config, f"analyze_{name}") and (epochs is None or epoch in epochs):
+                due.add(name)
+        return due
+
+    def measure(self, model, epoch: int) -> Measurement:
+        """One forward and one backward pass over the samples of the analyses that are due."""
+        due = self.due(epoch)
+        rows, jacobian_rows = set(), set()
+        if due & {"gradient_basis", "gap_dynamics_factors", "static_dynamic_decomposition"}:
+            rows.add(GRADIENT)
+        if "static_dynamic_decomposition" in due:
+            rows.add(JACOBIAN)
+        if "jacobian_norm" in due:
+            jacobian_rows.add(JACOBIAN)
+        if self.one_pass:
+            rows |= jacobian_rows
+            jacobian_rows = set()
+
+        K, f = self._gram(model, self.samples, rows)
+        K_jacobian, jacobian_f = self._gram(model, self.jacobian_samples, jacobian_rows)
+        if "model_output_expectation" in due and not f:
+            size = self.config.eval_batch_size
+            f = {
+                side: predictions.outputs(model, split, size)
+                for side, split in self.samples.items()
+            }
+        whole = {
+            side: values
+            for found, samples in ((f, self.samples), (jacobian_f, self.jacobian_samples))
+            for side, values in found.items()
+            if samples[side] is self.splits[side]
+        }
+        return Measurement(epoch, due, K, K if K_jacobian is None else K_jacobian, whole, f)
+
+    def _gram(self, model, samples, rows):
+        if not rows:
+            return None, {}
+        return gram_matrix(
+            model,
+            samples,
+            self.loss,
+            rows,
+            self.config.eval_batch_size,
+            self.config.analysis_memory_gb * 1e9,
+        )
+
+    def rows(self, measurement: Measurement, method, group_losses) -> list[dict]:
+        """Rows of `analysis.csv` for one checkpoint.
+
+        method, group_losses: the training method and the mean losses R_g of the training split
+        at this checkpoint, for the weights of the method's next step.
+        """
+        rows, due = [], measurement.due
+
+        def add(split, analysis, pair, values):
+            for quantity, value in values.items():
+                key = {"epoch": measurement.epoch, "split": split, "analysis": analysis}
+                rows.append(key | {"pair": pair, "quantity": quantity, "value": value})
+
+        for side in self.sides:
+            counts = self.splits[side].counts
+            if "gradient_basis" in due:
+                add(side, "gradient_basis", "", gradient_basis(measurement.K, side, counts))
+            if "jacobian_norm" in due:
+                values = jacobian_norm(measurement.K_jacobian, side, counts)
+                add(side, "jacobian_norm", "", values)
+            if "model_output_expectation" in due:
+                f = measurement.expectation_outputs[side]
+                values = model_output_expectation(f, self.samples[side])
+                add(side, "model_output_expectation", "", values)
+        for name, gap_side, flow_side in self.flows:
+            counts = self.splits[flow_side].counts
+            if "gap_dynamics_factors" in due:
+                weights = method.flow_weights(group_losses, counts)
+                for pair in self.pairs("gap_dynamics_factors"):
+                    values = gap_dynamics_factors(
+                        measurement.K, pair, gap_side, flow_side, counts, weights
+                    )
+                    add(name, "gap_dynamics_factors", groups.pair_name(*pair), values)
+            if "static_dynamic_decomposition" in due:
+                for pair in self.pairs("static_dynamic_decomposition"):
+                    values = static_dynamic_decomposition(
+                        measurement.K, pair, gap_side, flow_side, counts, self.loss
+                    )
+                    add(name, "static_dynamic_decomposition", groups.pair_name(*pair), values)
+        return rows
+
+    def pairs(self, analysis: str) -> list[tuple[int, int]]:
+        """The configured pairs of an analysis, as group indices."""
+        return [groups.pair_indices(pair) for pair in getattr(self.config, analysis).group_pairs]
+
+    def measured_rows(self, epoch: int, change) -> list[dict]:
+        """Rows `measured` of an epoch. change(side, g1, g2): the gap's change by learning rate."""
+        if "gap_dynamics_factors" not in self.due(epoch):
+            return []
+        return [
+            {
+                "epoch": epoch,
+                "split": name,
+                "analysis": "gap_dynamics_factors",
+                "pair": groups.pair_name(*pair),
+                "quantity": "measured",
+                "value": change(gap_side, *pair),
+            }
+            for name, gap_side, _ in self.flows
+            for pair in self.pairs("gap_dynamics_factors")
+        ]

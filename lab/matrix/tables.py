@@ -342,7 +342,7 @@ def predict(runs: dict, names: list[str], base: Config) -> tuple[np.ndarray, np.
     for a missing run, or one with other settings than base but for `MAY_DIFFER`.
     """
     from lab import data_sets as data_loader
-    from lab.evaluation import metrics
+    from lab.evaluation import metrics, predictions
     from lab.networks import mlp as model
     from lab.training import checkpoints
 
@@ -371,7 +371,7 @@ def predict(runs: dict, names: list[str], base: Config) -> tuple[np.ndarray, np.
         network = model.build_for(config, splits)
         checkpoints.load_network(network, run, "last", splits.fingerprint())
         val = splits.val.to(device)
-        f = metrics.outputs(network.to(device), val, config.eval_batch_size)
+        f = predictions.outputs(network.to(device), val, config.eval_batch_size)
         right = metrics.correct(f, val.y).cpu().numpy()
         tallies.append(shortcuts.tallies(right, splits.val.y.numpy(), attributes))
         log.info("%s: %.3f of %d right", name, right.mean(), len(right))

@@ -12,8 +12,8 @@ import logging
 
 import torch
 
-from lab.config.seeds import derive_seed
-from lab.evaluation import metrics
+from lab.config.schema import derive_seed
+from lab.evaluation import predictions
 from lab.methods.erm import ERMTarget
 from lab.system import distributed
 from lab.system.errors import DataError
@@ -112,7 +112,7 @@ class SCALE(ERMTarget):
             plan = [(None, next(drawn)) for _ in range(there)]
             skipped = min(first, there)
             first, passage = first - skipped, passage + 1
-            for _, index, x in metrics.batches(part, plan[skipped:]):
+            for _, index, x in predictions.batches(part, plan[skipped:]):
                 yield x, target.y[index]
 
     @staticmethod

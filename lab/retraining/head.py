@@ -28,9 +28,9 @@ import torch
 from sklearn.preprocessing import StandardScaler
 
 from lab.config import checks as config_checks
-from lab.config.schema import Config
-from lab.config.seeds import derive_seed
-from lab.evaluation import metrics
+from lab.config.schema import Config, derive_seed
+from lab.evaluation import metrics, predictions
+from lab.evaluation.losses import LOSSES
 from lab.networks.mlp import ScaledLinear, fresh_classifier, target_layer
 from lab.retraining import descent as last_layer
 from lab.retraining import logistic
@@ -109,8 +109,8 @@ def feature_batches(model, split: Split, config: Config):
     """Yields the features (B, d) of the configured layer as numpy, in the split's order."""
     model.eval()
     layer = target_layer(config)
-    plan = metrics.evaluation_plan(split, config.eval_batch_size, model)
-    for _, _, x in metrics.batches(split, plan):
+    plan = predictions.evaluation_plan(split, config.eval_batch_size, model)
+    for _, _, x in predictions.batches(split, plan):
         yield model.hidden(x, layer).cpu().numpy()
 
 
@@ -248,9 +248,9 @@ def retrain(model, splits: Splits, config: Config) -> tuple[Head, dict]:
         "before": {},
         "after": {},
     }
-    loss = metrics.LOSSES[config.loss_function]
+    loss = LOSSES[config.loss_function]
     for name, split in splits.evaluated().items():
-        f = metrics.outputs(model, split, config.eval_batch_size)
+        f = predictions.outputs(model, split, config.eval_batch_size)
         results["before"][name] = metrics.summary(f, split, loss, splits.train.shares)
         parts = [head.outputs(h) for h in feature_batches(model, split, config)]
         on_cpu = replace(split, y=split.y.cpu(), a=split.a.cpu())

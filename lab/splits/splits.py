@@ -29,7 +29,7 @@ class Split:
     """Samples of one split, stored group by group (so that a group is a slice, not a copy).
 
     inputs: (N, ...) float32, indexable by slices and index tensors: a tensor, or pictures that
-    are made when indexed (use `metrics.batches` to have that done ahead); y, a: (N,), -1 or +1 in
+    are made when indexed (`predictions.batches` does so ahead of use); y, a: (N,), -1 or +1 in
     float32, or class indices in int64; counts: samples per group, in the order of `Splits.cells`;
     minority: which groups go against the shortcut, None: those whose attribute is not their label.
 

@@ -18,7 +18,7 @@ import torch
 
 from lab.config.registry import Analysis
 from lab.config.schema import Config
-from lab.evaluation import metrics
+from lab.evaluation import metrics, predictions
 from lab.networks import mlp as model
 from lab.splits.splits import Splits
 from lab.system import distributed, files
@@ -120,7 +120,7 @@ def _train(splits: Splits, config: Config, run):
         raise trainer.Diverged(f"the identification network of JTT: {error}") from None
     finally:
         part.close()
-    f = metrics.outputs(network, splits.train, config.eval_batch_size)
+    f = predictions.outputs(network, splits.train, config.eval_batch_size)
     y, f = splits.train.y.view(len(f), -1), f.view(len(f), -1)
     wrong = torch.stack([~metrics.correct(f[:, t], y[:, t]) for t in range(y.shape[1])], dim=1)
     val, prefixed = summaries.get("val", {}), len(splits.tasks) > 1

@@ -20,11 +20,12 @@ import torch
 from tqdm import tqdm
 
 from lab import methods
-from lab.analyses import gram
-from lab.analyses.measuring import Analyses
-from lab.config.schema import Config
-from lab.config.seeds import derive_seed
-from lab.evaluation import metrics
+from lab.analyses import gram as analysis
+from lab.analyses.gram import Analyses
+from lab.config.facts import BATCH_NORM
+from lab.config.schema import Config, derive_seed
+from lab.evaluation import metrics, predictions
+from lab.evaluation.losses import LOSSES
 from lab.networks.mlp import parameter_groups
 from lab.splits.splits import Split, Splits
 from lab.system import distributed, files
@@ -97,7 +98,7 @@ def minibatch_epoch(
         whole[-2:] = [torch.cat(whole[-2:])]  # a single sample has no variance
     parts = (batch[distributed.rank() :: distributed.world()] for batch in whole)
     group = split.group
-    for i, index, x in metrics.batches(split, list(enumerate(parts, 1))[first:]):
+    for i, index, x in predictions.batches(split, list(enumerate(parts, 1))[first:]):
         with whole_step():
             optimizer.zero_grad()
             if method is None:
@@ -113,9 +114,9 @@ def full_batch_step(model, optimizer, split: Split, loss, weights, batch_size: i
     """One step along -Σ w_g ∇R_g over the whole split, `batch_size` samples in memory at once."""
     model.train()
     optimizer.zero_grad()
-    plan = metrics.group_batches(split, batch_size, model)
+    plan = predictions.group_batches(split, batch_size, model)
     plan = [(g, batch) for g, batch in plan if weights[g]]
-    for g, batch, x in metrics.batches(split, plan):
+    for g, batch, x in predictions.batches(split, plan):
         losses = loss.value(model(x), split.y[batch])
         (losses.sum() * (weights[g] / split.counts[g])).backward()
     optimizer.step()
@@ -138,7 +139,7 @@ def train(model, splits: Splits, config: Config, run) -> tuple[dict, dict]:
 class _Training:
     def __init__(self, model, splits: Splits, config: Config, run):
         self.model, self.splits, self.config, self.run = model, splits, config, run
-        self.loss = metrics.LOSSES[config.loss_function]
+        self.loss = LOSSES[config.loss_function]
         self.method = methods.build(config, splits)
         self.optimizer = build_optimizer(model, config, self.method.prepare(model))
         self.analyses = Analyses(config, splits)
@@ -306,7 +307,7 @@ class _Training:
         for name, split in self.splits.evaluated().items():
             f = measurement.outputs.get(name)
             if f is None:
-                f = metrics.outputs(self.model, split, self.config.eval_batch_size)
+                f = predictions.outputs(self.model, split, self.config.eval_batch_size)
             train, tasks = self.splits.train, self.splits.tasks
             if len(tasks) > 1:
                 found = metrics.task_summaries(f, split, tasks, self.loss, train)

@@ -24,7 +24,7 @@ from lab.config import facts as config_facts
 from lab.config import loading
 from lab.data_sets import waterbirds as waterbirds_set
 from lab.data_sets.sources import waterbirds
-from lab.evaluation import metrics
+from lab.evaluation import predictions
 from lab.figures import history as plotting
 from lab.splits import groups, pictures
 from lab.system import picture_files
@@ -479,7 +479,7 @@ def test_broken_picture_stops_with_its_name(archive_with, drawn, tmp_path, capfd
     ):
         folder = archive_with(files=files | {name: data})
         with pytest.raises(DataError, match=f"{name} .metadata.csv, row {number}.: .*{reason}"):
-            metrics.outputs(torch.nn.Identity(), load(folder).test, 4)
+            predictions.outputs(torch.nn.Identity(), load(folder).test, 4)
     code, _ = run(folder, tmp_path / "results", on_bad_image="error")
     assert code == 2
     assert f"{name} (metadata.csv, row {number})" in capfd.readouterr().err
@@ -584,7 +584,7 @@ def test_memory_is_bounded(size, ahead):
 def test_batches_have_a_limit_in_bytes(good, monkeypatch):
     split = load(good).test
     monkeypatch.setattr(pictures, "BATCH_BYTES", 2 * 4 * 3 * 224 * 224)
-    plan = list(metrics.group_batches(split, 1000))
+    plan = list(predictions.group_batches(split, 1000))
     assert [group for group, _ in plan] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert max(part.stop - part.start for _, part in plan) == 2
 

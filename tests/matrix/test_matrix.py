@@ -19,7 +19,8 @@ import data_loader
 from benchmarks import celeba_standin
 from lab.config import loading
 from lab.data_sets.sources import celeba
-from lab.evaluation import metrics
+from lab.evaluation import metrics, predictions
+from lab.evaluation.losses import LOSSES
 from lab.features import extraction as feature_extractor
 from lab.figures import history as plotting
 from lab.matrix import figures as matrix_plots
@@ -163,8 +164,8 @@ def test_accuracies_are_those_of_a_run_with_this_shortcut(whole):
         splits = data_loader.load(config)
         network = model.build_for(config, splits)
         network.load_state_dict(torch.load(run / "model.pt", weights_only=True))
-        f = metrics.outputs(network, splits.val, 1000)
-        summary = metrics.summary(f, splits.val, metrics.LOSSES["logistic"], splits.train.shares)
+        f = predictions.outputs(network, splits.val, 1000)
+        summary = metrics.summary(f, splits.val, LOSSES["logistic"], splits.train.shares)
         rows = table[(table["task"] == "Big_Lips") & (table["attribute"] == attribute)]
         assert rows["group"].tolist() == [0, 1, 2, 3]
         assert rows["count"].tolist() == splits.val.counts
@@ -318,7 +319,7 @@ def test_batched_heads_are_those_trained_one_by_one(
             assert torch.equal(value, before[key]) == fixed
             assert torch.allclose(heads[f"mlp.{key}"][t], value, rtol=1e-4, atol=1e-5)
         # The groups of every attribute, by a loop over them.
-        right = metrics.correct(metrics.outputs(network, splits.val, 1000), splits.val.y)
+        right = metrics.correct(predictions.outputs(network, splits.val, 1000), splits.val.y)
         for a in range(len(NAMES)):
             group = 2 * (attributes[:, t] > 0) + (attributes[:, a] > 0)
             assert counts[t, a].tolist() == np.bincount(group, minlength=4).tolist()

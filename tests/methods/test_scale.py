@@ -8,8 +8,8 @@ import torch
 from conftest import make_split, make_splits
 
 from lab import methods
-from lab.config.loading import validate
-from lab.evaluation import metrics
+from lab.config.schema import validate
+from lab.evaluation.losses import LOSSES
 from lab.figures import history as plotting
 from lab.methods import scale
 from lab.networks import mlp as model
@@ -103,7 +103,7 @@ HEADS = ("classifier", "layers.1")  # of the ConvNet, of an MLP with one hidden 
 )  # fmt: skip
 def test_steps_are_those_of_the_loop(mode, network, size, kernels):
     net, method, optimizer, splits, config = problem(name=network, size=size, scale_mode=mode)
-    loss, train, target = metrics.LOSSES["logistic"], splits.train, splits.target
+    loss, train, target = LOSSES["logistic"], splits.train, splits.target
     # The train head starts as a copy; make it another one.
     with torch.no_grad():
         for p in method.train_head.parameters():
@@ -160,7 +160,7 @@ def test_without_train_gradients_it_is_erm_on_the_target_batches(monkeypatch):
     net, method, optimizer, splits, config = problem()
     twin = copy.deepcopy(net)
     other = trainer.build_optimizer(twin, config)
-    loss = metrics.LOSSES["logistic"]
+    loss = LOSSES["logistic"]
     same = scale.SCALE(config, splits)._target_batches(3, 0)
     method.start_epoch(3, 0)
     for step in range(4):
@@ -220,7 +220,7 @@ def test_erm_target_is_erm_on_the_target_set(fake_run, settings, batch_size):
 
     twin = model.build(config, (7,)).double()
     optimizer = trainer.build_optimizer(twin, config)
-    loss, target = metrics.LOSSES["logistic"], splits.target
+    loss, target = LOSSES["logistic"], splits.target
     for epoch in range(1, 4):
         if batch_size:
             seed = trainer.derive_seed(config.seed, "batches", epoch)

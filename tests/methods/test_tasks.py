@@ -20,8 +20,9 @@ from test_resume import at_call, sent
 
 import main
 from lab import methods
-from lab.config import loading
-from lab.evaluation import metrics, shortcuts
+from lab.config import schema as configuration
+from lab.evaluation import metrics, predictions, shortcuts
+from lab.evaluation.losses import LOSSES
 from lab.figures import history as plotting
 from lab.methods import entropy
 from lab.networks import mlp as model
@@ -63,23 +64,23 @@ def build(splits, name="None", **changes):
     return methods.build(loading.validate(asked | changes), splits)
 
 
-LOSSES = torch.tensor([[0.5, 2.0], [1.5, 4.0], [1.0, 0.0]], dtype=torch.float64)
+TASK_LOSSES = torch.tensor([[0.5, 2.0], [1.5, 4.0], [1.0, 0.0]], dtype=torch.float64)
 
 
 def test_the_plain_sum_and_fixed_weights_by_hand():
     splits = two_tasks()
-    assert build(splits).tasks.combine(LOSSES).tolist() == [2.5, 5.5, 1.0]
-    weighted = build(splits, task_weights=[0.25, 0.75]).tasks.combine(LOSSES)
+    assert build(splits).tasks.combine(TASK_LOSSES).tolist() == [2.5, 5.5, 1.0]
+    weighted = build(splits, task_weights=[0.25, 0.75]).tasks.combine(TASK_LOSSES)
     assert weighted.tolist() == [1.625, 3.375, 0.25]
-    assert build(splits, task_weights=[1, 1]).tasks.combine(LOSSES).tolist() == [2.5, 5.5, 1.0]
+    assert build(splits, task_weights=[1, 1]).tasks.combine(TASK_LOSSES).tolist() == [2.5, 5.5, 1.0]
 
 
 def test_loss_balanced_weights_by_hand():
     method = build(two_tasks(), loss_balanced_task_weighting=True, lbtw_alpha=0.5)
     method.start_epoch(1, 0)
-    assert method.tasks.combine(LOSSES).tolist() == [2.5, 5.5, 1.0]  # both ratios are 1
+    assert method.tasks.combine(TASK_LOSSES).tolist() == [2.5, 5.5, 1.0]  # both ratios are 1
     # Means 1 and 2 at first, now 0.25 and 2: weights √0.25 = 0.5 and 1.
-    now = LOSSES * torch.tensor([0.25, 1.0])
+    now = TASK_LOSSES * torch.tensor([0.25, 1.0])
     assert method.tasks.combine(now).tolist() == pytest.approx([2.0625, 4.1875, 0.125])
     again = build(two_tasks(), loss_balanced_task_weighting=True)
     again.load_state(method.state())
@@ -114,8 +115,8 @@ def test_the_minority_of_every_task_tells_the_best_epoch(fake_run):
 def test_loss_balanced_weights_carry_no_gradient():
     splits = two_tasks()
     method = build(splits, loss_balanced_task_weighting=True)
-    net = model.build(loading.validate({"hidden_dim": 4}), (5,), 2).double()
-    loss = metrics.LOSSES["logistic"]
+    net = model.build(configuration.validate({"hidden_dim": 4}), (5,), 2).double()
+    loss = LOSSES["logistic"]
     x, y, group = splits.train.inputs, splits.train.y, splits.train.group
     method.backward(net, loss, x[:20], y[:20], group[:20])
     first = loss.value(net(x[:20]), y[:20]).mean(0).tolist()
@@ -133,7 +134,7 @@ def test_loss_balanced_weights_carry_no_gradient():
 def test_weights_by_delta_are_a_softmax_over_what_validation_says():
     splits = two_tasks()
     method = build(splits, task_weighting="delta")
-    assert method.tasks.combine(LOSSES).tolist() == [2.5, 5.5, 1.0]  # nothing is known yet
+    assert method.tasks.combine(TASK_LOSSES).tolist() == [2.5, 5.5, 1.0]  # nothing is known yet
     right = {0: [0.9, 0.2, 0.1, 0.8], 1: [0.5, 0.5, 0.5, math.nan]}
     summary = {f"t{t}_group_{g}_acc": right[t][g] for t in right for g in range(4)}
     # The second task's last group is empty: its δ is NaN and counts as 0.
@@ -153,7 +154,7 @@ def test_weights_by_delta_are_a_softmax_over_what_validation_says():
 def test_metrics_of_every_task_against_its_own_split():
     splits = two_tasks(60, num_tasks=3)
     f = torch.randn(60, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    loss = metrics.LOSSES["logistic"]
+    loss = LOSSES["logistic"]
     found = metrics.task_summaries(f, splits.test, splits.tasks, loss, splits.train)
     worst, average = [], []
     for t in range(3):
@@ -365,14 +366,14 @@ def test_one_task_among_several_is_the_single_task_bit_for_bit(tmp_path):
         net = model.build(config, (7,)).double()
         method = methods.build(config, splits)
         optimizer = trainer.build_optimizer(net, config)
-        loss = metrics.LOSSES["logistic"]
+        loss = LOSSES["logistic"]
         forward = net.forward
         if splits is several:
             net.forward = lambda x, forward=forward: forward(x)[:, None]
         for epoch in range(2):
             trainer.minibatch_epoch(net, optimizer, splits.train, loss, 8, epoch, method)
         net.forward = forward
-        f = metrics.outputs(net, single.test, 100)
+        f = predictions.outputs(net, single.test, 100)
         summary = metrics.summary(f, single.test, loss, single.train.shares)
         if splits is several:
             test, train = several.test, several.train

@@ -15,9 +15,10 @@ from conftest import in_float64, make_split, make_splits
 
 import data_loader
 from lab.analyses import gram as analysis
-from lab.config.facts import RESNETS
-from lab.config.loading import validate
-from lab.evaluation import metrics
+from lab.config.facts import END_TO_END, RESNETS
+from lab.config.schema import Config, validate
+from lab.evaluation import predictions
+from lab.evaluation.losses import LOSSES
 from lab.features import backbones
 from lab.networks import mlp as model
 from lab.retraining import head as dfr
@@ -235,14 +236,14 @@ def test_a_network_limits_the_batches_of_evaluation_and_analyses():
     assert net.max_batch > 1000
     assert build("ResNet50", (3, 224, 224)).max_batch < 32
     split = make_split((5, 0, 7, 1), shape=(3, 8, 8), dtype=torch.float32)
-    whole = metrics.outputs(net, split, 1000)
+    whole = predictions.outputs(net, split, 1000)
     seen = []
     net.register_forward_hook(lambda module, args, f: seen.append(len(f)))
     net.max_batch = 3
-    torch.testing.assert_close(metrics.outputs(net, split, 1000), whole)
-    analysis.gram_matrix(net, {"train": split}, metrics.LOSSES["mse"], {0, 1}, batch_size=1000)
+    torch.testing.assert_close(predictions.outputs(net, split, 1000), whole)
+    analysis.gram_matrix(net, {"train": split}, LOSSES["mse"], {0, 1}, batch_size=1000)
     assert seen == [3, 2, 3, 3, 1, 1] * 2
-    assert len(list(metrics.group_batches(split, 2, net))) == 3 + 4 + 1
+    assert len(list(predictions.group_batches(split, 2, net))) == 3 + 4 + 1
 
 
 def train(fake_run, settings, name, splits, **keys):

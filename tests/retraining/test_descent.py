@@ -12,6 +12,7 @@ from conftest import in_float64, make_split, make_splits, many_groups
 import main
 from lab.config import loading
 from lab.evaluation import metrics
+from lab.evaluation.losses import LOSSES
 from lab.figures import history as plotting
 from lab.networks import mlp as model
 from lab.retraining import descent as last_layer
@@ -63,7 +64,7 @@ def trained_whole(net, splits, config):
     def outputs(x):
         return net.classifier((net.hidden(x) - mean) / scale).squeeze(1)
 
-    source, loss = splits.dfr, metrics.LOSSES[config.loss_function].value
+    source, loss = splits.dfr, LOSSES[config.loss_function].value
     rng = np.random.default_rng(dfr.derive_seed(config.seed, "dfr", "sgd", "split"))
     members = [rng.permutation(np.arange(s.start, s.stop)) for s in source.slices]
     held, fitting, number = [], [], 0
@@ -122,7 +123,7 @@ def test_cached_features_do_what_the_whole_frozen_network_does(settings, keys, b
         expected = outputs(splits.test.inputs)
     h = np.concatenate(list(dfr.feature_batches(net, splits.test, config)))
     torch.testing.assert_close(head.outputs(h), expected, rtol=1e-5, atol=1e-6)
-    loss = metrics.LOSSES[config.loss_function]
+    loss = LOSSES[config.loss_function]
     summary = metrics.summary(expected, splits.test, loss, splits.train.shares)
     assert results["after"]["test"] == pytest.approx(summary, rel=1e-5, nan_ok=True)
     one_layer = head.linear()

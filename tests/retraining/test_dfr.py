@@ -10,7 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.preprocessing import StandardScaler
 
-from lab.evaluation import metrics
+from lab.config.facts import ANALYSES
+from lab.evaluation import metrics, predictions
+from lab.evaluation.losses import LOSSES
 from lab.networks import mlp as model
 from lab.retraining import head as dfr
 from lab.splits.splits import Splits
@@ -80,10 +82,10 @@ def test_against_a_direct_run(settings, monkeypatch, penalty, layer):
     assert head.intercept == pytest.approx(np.mean(intercepts), rel=1e-6)
 
     f = scaler.transform(features(splits.test)) @ head.coefficients + head.intercept
-    loss = metrics.LOSSES["logistic"]
+    loss = LOSSES["logistic"]
     expected = metrics.summary(torch.from_numpy(f), splits.test, loss, splits.train.shares)
     assert results["after"]["test"] == pytest.approx(expected, rel=1e-6)
-    f = metrics.outputs(net, splits.test, 100)
+    f = predictions.outputs(net, splits.test, 100)
     expected = metrics.summary(f, splits.test, loss, splits.train.shares)
     assert results["before"]["test"] == pytest.approx(expected, rel=1e-9)
 
@@ -311,7 +313,7 @@ def test_two_classes_on_the_target_set(settings, loss):
     assert bias == pytest.approx(twin.intercept_[0], rel=1e-6, abs=1e-9)
     # Whichever way the outputs are written, they mean the same.
     f = torch.from_numpy(twin.decision_function(Net().hidden(splits.test.inputs).numpy()))
-    logistic_loss = metrics.LOSSES["logistic"]
+    logistic_loss = LOSSES["logistic"]
     expected = metrics.summary(f, splits.test, logistic_loss, splits.train.shares)
     assert results["after"]["test"] == pytest.approx(expected, rel=1e-6)
 
