@@ -13,7 +13,7 @@ import main
 from lab.config import schema as configuration
 from lab.config.facts import ANALYSES
 from lab.evaluation import metrics
-from lab.figures import history as plotting
+from lab.figures import drawing
 from lab.networks import mlp as model
 from lab.retraining import descent as last_layer
 from lab.retraining import head as dfr
@@ -264,7 +264,7 @@ def run_folder(data_dir, tmp_path_factory):
             "dfr_num_retrains": 3,
             **{f"analyze_{name}": "false" for name in ANALYSES}}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plotting, "FIGURES", {"dfr": plotting.dfr})
+        patch.setattr(drawing, "FIGURES", {"dfr": drawing.FIGURES["dfr"]})
         assert main.main([f"{key}={value}" for key, value in keys.items()]) == 0
     (folder,) = results.iterdir()
     return folder
