@@ -63,7 +63,7 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
                 results.save_data(splits.count_rows(), splits.samples)
                 diverged = _learn(config, splits.to(device), network.to(device), results)
             if results.leads:
-                from lab.figures import history as plotting
+                import plotting  # with matplotlib, slow to import
 
                 with results.timed("plots"):
                     results.images(plotting.draw(folder))

@@ -46,10 +46,10 @@ context.set_forkserver_preload(
 
 def _run(arguments, log) -> None:
     import main
-    from lab.figures import history as plotting
+    from lab.figures import drawing
 
     # Two figures instead of all: those take longer than the rest and would get most of the kills.
-    plotting.FIGURES = {name: plotting.FIGURES[name] for name in ("training_history", "dfr")}
+    drawing.FIGURES = {name: drawing.FIGURES[name] for name in ("training_history", "dfr")}
     sys.stdout = sys.stderr = open(log, "a")  # noqa: SIM115, until the process ends
     sys.exit(main.main(arguments))
 

@@ -80,10 +80,10 @@ def settings(data_dir, tmp_path):
 @pytest.fixture
 def few_figures(monkeypatch):
     """Two figures instead of all: those take longer than the rest of a small run."""
-    from lab.figures import history as plotting
+    from lab.figures import drawing
 
-    figures = {name: plotting.FIGURES[name] for name in ("training_history", "dfr")}
-    monkeypatch.setattr(plotting, "FIGURES", figures)
+    figures = {name: drawing.FIGURES[name] for name in ("training_history", "dfr")}
+    monkeypatch.setattr(drawing, "FIGURES", figures)
 
 
 def make_split(counts, shape=(7,), dtype=torch.float64, seed=0):

@@ -12,7 +12,8 @@ from test_cifar10 import write_folder
 from test_resume import assert_equal, at_call, sent
 
 import main
-from lab.figures import history as plotting
+from lab.config import facts as config_facts
+from lab.figures import drawing
 from lab.retraining import head as dfr
 from lab.runs import run as tracking
 
@@ -38,7 +39,9 @@ def pictures(tmp_path_factory):
 @pytest.fixture
 def go(tmp_path, pictures, capsys, monkeypatch):
     """go(results, key=value, …) -> (exit code, folder, stderr lines)."""
-    monkeypatch.setattr(plotting, "FIGURES", {"training_history": plotting.training_history})
+    monkeypatch.setattr(
+        drawing, "FIGURES", {"training_history": drawing.FIGURES["training_history"]}
+    )
 
     def run(results, **keys):
         given = TEN | {"data_dir": pictures, "results_dir": tmp_path / results} | keys

@@ -30,11 +30,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data_loader
+import plotting
 from lab.data_sets.sources import mnist, waterbirds
 from lab.features import backbones
 from lab.features import cache as feature_cache
 from lab.features import extraction as feature_extractor
-from lab.figures import history as plotting
+from lab.figures.tables import PlotError
 from lab.system import picture_files, zip_files
 from lab.system.errors import DataError, UserError
 
@@ -682,7 +683,7 @@ def test_hostile_pictures_of_a_run(tmp_path, intruder, name):
     del hostile["empty"]  # counts as missing
     for what, content in hostile.items():
         path.write_bytes(content)
-        (line,) = refused(lambda: plotting.draw(tmp_path), path, kind=plotting.PlotError)
+        (line,) = refused(lambda: plotting.draw(tmp_path), path, kind=PlotError)
         assert ("bytes unpacked" in line) == (what == "a bomb"), what
 
 
@@ -704,7 +705,7 @@ def test_hostile_tables_of_a_run(tmp_path, monkeypatch, table, content):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "samples.npz").write_bytes(npz(pictures=np.zeros((1, 2, 2, 3)), group=np.zeros(1)))
     (tmp_path / table).write_text(content)
-    refused(lambda: plotting.draw(tmp_path), tmp_path / table, kind=plotting.PlotError)
+    refused(lambda: plotting.draw(tmp_path), tmp_path / table, kind=PlotError)
     assert not (tmp_path / "intruded").exists()
 
 

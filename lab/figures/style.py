@@ -4,6 +4,8 @@ Every group has one colour, line style and marker in all figures; groups avoid r
 because groups are often named after them.
 """
 
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import SymmetricalLogLocator
@@ -19,7 +21,7 @@ SPLIT_TITLES = {
     "shortcut_only": "test, main shortcut without digits",
     "test_under_train": "test gap, training gradient",
 }
-# Beyond any float32; squares and sums of what is below stay finite in float64.
+# Beyond any float32; squares and sums of smaller values stay finite in float64.
 LARGEST = 1e100
 # Okabe-Ito; the first four never mean anything but a group.
 GROUP_COLOURS = (
@@ -28,10 +30,13 @@ GROUP_COLOURS = (
 )
 LINE_STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D")
-BAR_LOOKS = {"before": {"alpha": 0.45, "hatch": "////", "edgecolor": "white"}, "after": {}}
+BAR_LOOKS: dict[str, dict[str, Any]] = {
+    "before": {"alpha": 0.45, "hatch": "////", "edgecolor": "white"},
+    "after": {},
+}
 HATCHES = ("", "////", "....", "xxxx")
 RED, GREEN, BLACK, GREY = "#D55E00", "#009E73", "#000000", "#7F7F7F"
-STYLES = [
+STYLES: list[dict[str, Any]] = [
     {"color": RED, "linestyle": "-", "marker": "o"},
     {"color": GREEN, "linestyle": "--", "marker": "s"},
     {"color": BLACK, "linestyle": "-.", "marker": "^"},
@@ -39,11 +44,11 @@ STYLES = [
 ]
 # Six styles for the pairs among four things, in the order of `combinations`: a pair and its
 # complement share the colour, the complement is dashed with open markers.
-PAIR_STYLES = [
+PAIR_STYLES: list[dict[str, Any]] = [
     *({**style, "linestyle": "-"} for style in STYLES[:3]),
     *({**style, "linestyle": "--", "markerfacecolor": "white"} for style in STYLES[2::-1]),
 ]
-RC = {
+RC: dict[Any, Any] = {
     "font.size": 9,
     "axes.labelsize": 9,
     "axes.titlesize": 9,
@@ -66,7 +71,7 @@ RC = {
 }
 
 
-def group_style(group: int) -> dict:
+def group_style(group: int) -> dict[str, Any]:
     """Colour, line style and marker of a group, the same in every figure."""
     return {
         "color": GROUP_COLOURS[group % len(GROUP_COLOURS)],
@@ -149,9 +154,9 @@ def cosine_axis(axes) -> None:
     zero_line(axes)
 
 
-def unique_handles(axes, order=()) -> dict:
-    """Legend label → handle over several panels, in the given order where there is one."""
-    found = {}
+def unique_handles(axes, order=()) -> dict[str, Any]:
+    """Legend label → handle over several panels, labels in `order` first."""
+    found: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
@@ -167,8 +172,7 @@ def legend_below(figure: Figure, order=()) -> None:
         fits = max(1, int(figure.get_figwidth() / widths.max()))
         rows = 1 if widths.sum() < figure.get_figwidth() else -(-len(found) // fits)
         columns = -(-len(found) // rows)
-        place = "outside lower center"
-        figure.legend(list(found.values()), list(found), loc=place, ncols=columns)
+        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns)
 
 
 def legend_beside(axes, order=()) -> None:

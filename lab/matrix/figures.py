@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from lab.figures.history import save
+from lab.figures.drawing import save
 from lab.figures.style import BLACK, GREY, RC
 
 GROUP_NAMES = ("neither", "attribute only", "task only", "both")

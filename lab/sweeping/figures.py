@@ -16,7 +16,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lab.figures import history as plotting
+from lab.figures.drawing import save
+from lab.figures.panels import pair_label
 from lab.figures.style import (
     BLACK,
     GREEN,
@@ -33,6 +34,7 @@ from lab.figures.style import (
     share_axis,
     zero_line,
 )
+from lab.figures.tables import analysis_values, read_run
 from lab.sweeping import plan
 
 LINES = 8  # curves in a panel
@@ -65,7 +67,7 @@ def draw(sweep, ranked: list[int], order: str) -> list[Path]:
     if not ranked:
         return []
     runs = {
-        setting: [plotting.read_run(sweep.folder / folder) for folder in sweep.done(setting).folder]
+        setting: [read_run(sweep.folder / folder) for folder in sweep.done(setting).folder]
         for setting in ranked
     }
     file_format = runs[ranked[0]][0].config.get("plot_format", "png")
@@ -77,7 +79,7 @@ def draw(sweep, ranked: list[int], order: str) -> list[Path]:
             figure = make(sweep, runs, order)
             if figure is not None:
                 paths.append(plots / f"{make.__name__}.{file_format}")
-                plotting.save(figure, paths[-1], file_format)
+                save(figure, paths[-1], file_format)
     return paths
 
 
@@ -249,10 +251,10 @@ def gap_dynamics(sweep, runs: dict, order: str) -> Figure | None:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(settings), len(columns), squeeze=False, sharex=True, sharey="row")
     for ax, (pair, split) in zip(axes[0], columns, strict=True):
-        ax.set_title(f"{plotting.pair_label(every[0], *pair.split('_vs_'))}\n{split}")
+        ax.set_title(f"{pair_label(every[0], *pair.split('_vs_'))}\n{split}")
     for row, setting in zip(axes, settings, strict=True):
         for ax, (pair, split) in zip(row, columns, strict=True):
-            tables = [plotting.analysis_values(run, analysis, split, pair) for run in runs[setting]]
+            tables = [analysis_values(run, analysis, split, pair) for run in runs[setting]]
             for term, (label, style) in TERMS.items():
                 banded_curve(ax, over_seeds(tables, term), style, label)
         rescale(row, f"{name(sweep, setting, 28)}\nd(loss gap)/dt", signed=True)

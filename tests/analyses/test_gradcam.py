@@ -12,8 +12,11 @@ from conftest import make_split, make_splits, many_groups
 from torch import nn
 
 import main
+import plotting
 from lab.analyses import gradcam
-from lab.figures import history as plotting
+from lab.config.facts import ANALYSES
+from lab.figures import drawing, tables
+from lab.figures import pictures as picture_figures
 from lab.networks import mlp as model
 from lab.retraining import head as dfr
 from lab.runs import run as tracking
@@ -212,14 +215,14 @@ def run_folder(data_dir, tmp_path_factory):
         "analyses": "none",
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plotting, "FIGURES", {"dfr": plotting.dfr})
+        patch.setattr(drawing, "FIGURES", {"dfr": drawing.FIGURES["dfr"]})
         assert main.main([f"{key}={value}" for key, value in keys.items()]) == 0
     (folder,) = results.iterdir()
     return folder
 
 
 def test_the_table_and_the_figure_of_a_run(run_folder, monkeypatch, capsys):
-    monkeypatch.setattr(plotting, "FIGURES", {"gradcam": plotting.gradcam})
+    monkeypatch.setattr(drawing, "FIGURES", {"gradcam": drawing.FIGURES["gradcam"]})
     assert plotting.main([str(run_folder)]) == 0
     assert not (run_folder / "plots" / "gradcam.png").exists()
     assert plotting.main([str(run_folder), "--gradcam"]) == 0
@@ -305,8 +308,8 @@ def test_many_groups_take_several_pages(tmp_path):
     assert np.bincount(arrays["group"]).tolist() == [3, 0, 2, *[3] * 15]
     assert arrays["before_dfr"].max((1, 2)).max() == 1
     names = {g: f"group {g}" for g in range(18)}
-    run = plotting.Run(tmp_path, {}, pd.DataFrame(), None, None, names, {})
-    pages = plotting.gradcam(run)
+    run = tables.Run(tmp_path, {}, pd.DataFrame(), None, None, names, {})
+    pages = picture_figures.gradcam(run)
     assert [len(page.subfigs) for page in pages] == [8, 8, 1]
     titles = [part.get_suptitle() for page in pages for part in page.subfigs]
     assert [t for t in titles if t] == [f"group {g}" for g in range(18) if g != 1]

@@ -15,11 +15,11 @@ from test_rebalancing import METHODS
 
 import data_loader
 import main
+import plotting
 from benchmarks import celeba_standin
 from lab.config import facts as config_facts
 from lab.config import loading
 from lab.data_sets.sources import celeba
-from lab.figures import history as plotting
 from lab.splits import groups
 from lab.splits.pictures import IMAGENET_MEAN, IMAGENET_STD
 from lab.system import picture_files

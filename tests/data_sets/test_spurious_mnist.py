@@ -19,7 +19,7 @@ from lab.config.keys import Lines, NoShortcut, Square
 from lab.config.loading import load_config, validate
 from lab.data_sets import spurious_mnist
 from lab.data_sets.sources import mnist
-from lab.figures import history as plotting
+from lab.figures import drawing, pictures, tables
 from lab.retraining import head as dfr
 from lab.system.errors import ConfigError, DataError
 
@@ -452,7 +452,7 @@ SMALL = {
 def go(tmp_path, data_dir, capsys, monkeypatch):
     """go(results, key=value, …) -> (exit code, folder, stderr lines)."""
     names = ("evaluation_sets", "samples", "dfr")
-    monkeypatch.setattr(plotting, "FIGURES", {name: plotting.FIGURES[name] for name in names})
+    monkeypatch.setattr(drawing, "FIGURES", {name: drawing.FIGURES[name] for name in names})
 
     def run(results, **keys):
         given = SMALL | {"data_dir": data_dir, "results_dir": tmp_path / results} | keys
@@ -478,11 +478,11 @@ def test_from_the_digits_to_the_figures(go):
     counts = pd.read_csv(folder / "group_counts.csv")
     assert len(counts) == 8 * 6
     assert any("shortcut_only     40 in 2 of 6 groups" in line for line in lines)
-    assert {path.stem for path in (folder / "plots").iterdir()} == {*plotting.FIGURES}
+    assert {path.stem for path in (folder / "plots").iterdir()} == {*drawing.FIGURES}
     best = torch.load(folder / "checkpoints" / "best.pt", weights_only=True)
     assert best["score"] == history["val_minority_acc"].max()
-    run = plotting.read_run(folder)
-    texts = [ax.get_ylabel() for ax in plotting.samples(run).axes if ax.get_ylabel()]
+    run = tables.read_run(folder)
+    texts = [ax.get_ylabel() for ax in pictures.samples(run).axes if ax.get_ylabel()]
     assert texts == [
         f"{label},\nsquare {corner}" for label in (3, 8) for corner in ("left top", "right bottom")
     ]
@@ -520,7 +520,7 @@ def test_retraining_again_takes_no_other_data(go, capsys):
 
 def test_the_shortcut_is_learnt_instead_of_the_digit(go, monkeypatch):
     """What the data set is for, in seconds: right by the shortcut, wrong against it."""
-    monkeypatch.setattr(plotting, "FIGURES", {})
+    monkeypatch.setattr(drawing, "FIGURES", {})
     features = {
         3: {"main": CORNER, "minority": OTHER, "probability": 0.99},
         8: {"main": OTHER, "minority": CORNER, "probability": 0.99},

@@ -16,13 +16,13 @@ import torch
 import yaml
 
 import data_loader
+import plotting
 from benchmarks import celeba_standin
 from lab.config import loading
 from lab.data_sets.sources import celeba
 from lab.evaluation import metrics, predictions
 from lab.evaluation.losses import LOSSES
 from lab.features import extraction as feature_extractor
-from lab.figures import history as plotting
 from lab.matrix import figures as matrix_plots
 from lab.matrix import heads as batched_heads
 from lab.matrix import tables as spurious_matrix

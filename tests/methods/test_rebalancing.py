@@ -264,7 +264,7 @@ SMALL = {
 @pytest.fixture
 def go(tmp_path, data_dir, monkeypatch):
     """go(place, **keys) -> (exit code, run folder), without plots, which other tests draw."""
-    from lab.figures import history as plotting
+    import plotting
 
     monkeypatch.setattr(plotting, "draw", lambda folder: [])
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from conftest import make_split, make_splits
 
+import plotting
 from lab import methods
 from lab.config.schema import validate
-from lab.evaluation.losses import LOSSES
-from lab.figures import history as plotting
+from lab.evaluation import metrics
+from lab.figures import analyses, tables
 from lab.methods import scale
 from lab.networks import mlp as model
 from lab.system.errors import DataError
@@ -258,8 +259,8 @@ def test_the_figure_shows_every_tensor_in_the_order_of_the_network(tmp_path):
         for epoch in (1, 2, 3) for i, name in enumerate(names)
     ]  # fmt: skip
     (tmp_path / "analysis.csv").write_text("\n".join(rows) + "\n")
-    run = plotting.read_run(tmp_path)
-    ax = plotting.scale(run).axes[0]
+    run = tables.read_run(tmp_path)
+    ax = analyses.scale(run).axes[0]
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "10.weight", "2.weight", "1.weight"
     ]  # fmt: skip

@@ -19,11 +19,11 @@ from test_celeba import NO_ANALYSES, faces, go, keys, load  # noqa: F401
 from test_resume import at_call, sent
 
 import main
+import plotting
 from lab import methods
 from lab.config import schema as configuration
-from lab.evaluation import metrics, predictions, shortcuts
-from lab.evaluation.losses import LOSSES
-from lab.figures import history as plotting
+from lab.evaluation import metrics, shortcuts
+from lab.figures import tables
 from lab.methods import entropy
 from lab.networks import mlp as model
 from lab.splits import groups
@@ -460,9 +460,9 @@ def test_figures_of_every_task(go, monkeypatch):  # noqa: F811
     with monkeypatch.context():
         code, folder = go("run", groupings=TWO, epochs=1, target_resolution=8)
     assert code == 0
-    run = plotting.read_run(folder)
-    assert plotting.task_names(run) == ["Blond_Hair", "Smiling"]
-    part = plotting.of_task(run, "Smiling")
+    run = tables.read_run(folder)
+    assert tables.task_names(run) == ["Blond_Hair", "Smiling"]
+    part = tables.of_task(run, "Smiling")
     assert part.labels[1] == "not Smiling, Young"
     expected = run.history["test_Smiling_group_2_acc"]
     assert part.history["test_group_2_acc"].tolist() == expected.tolist()

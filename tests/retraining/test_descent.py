@@ -12,8 +12,7 @@ from conftest import in_float64, make_split, make_splits, many_groups
 import main
 from lab.config import loading
 from lab.evaluation import metrics
-from lab.evaluation.losses import LOSSES
-from lab.figures import history as plotting
+from lab.figures import drawing
 from lab.networks import mlp as model
 from lab.retraining import descent as last_layer
 from lab.retraining import head as dfr
@@ -264,7 +263,7 @@ def run_folder(data_dir, tmp_path_factory):
             "dfr_num_retrains": 3,
             "analyses": "none"}  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plotting, "FIGURES", {"dfr": plotting.dfr})
+        patch.setattr(drawing, "FIGURES", {"dfr": drawing.FIGURES["dfr"]})
         assert main.main([f"{key}={value}" for key, value in keys.items()]) == 0
     (folder,) = results.iterdir()
     return folder

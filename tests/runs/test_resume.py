@@ -19,7 +19,7 @@ import yaml
 
 import main as program
 from benchmarks import kill
-from lab.figures import history as plotting
+from lab.figures import drawing
 from lab.retraining import head as dfr
 from lab.runs import run as tracking
 from lab.system import files
@@ -116,7 +116,7 @@ MOMENTS = {
     "between the tables of epoch 3": (tracking.Run, "analysis", 9, None),
     "a checkpoint": (files, "save", 3, None),
     "DFR": (dfr, "tune", 1, (4, 0)),
-    "plots": (plotting, "save", 2, (4, 0)),
+    "plots": (drawing, "save", 2, (4, 0)),
 }
 
 

@@ -18,8 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import main as program
-from lab.config import loading, schema
-from lab.figures import history as plotting
+import plotting
+from lab.config import schema as configuration
+from lab.figures import drawing
 from lab.runs import trackers
 from lab.system import files
 from lab.system.command import Stopped
@@ -37,7 +38,8 @@ ALL = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0, "compressedHist
 @pytest.fixture
 def go(tmp_path, data_dir, capsys, monkeypatch):
     """go(argument, …) -> (exit code, stderr lines); one small figure instead of all."""
-    monkeypatch.setattr(plotting, "FIGURES", {"small": lambda run: Figure(figsize=(1, 2))})
+    small = drawing.Drawing("small", lambda run: Figure(figsize=(1, 2)))
+    monkeypatch.setattr(drawing, "FIGURES", {"small": small})
     (tmp_path / "c.yaml").write_text("experiment_name: small\n")
 
     def run(*arguments):
