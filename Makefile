@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: run test lint clean
+.PHONY: run test lint site clean
 
 run: $(VENV)/run-installed
 	$(VENV)/bin/python main.py
@@ -16,6 +16,10 @@ lint: $(VENV)/test-installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# The pages of docs/ as a site, docs/_build/index.html; a broken link, anchor or formula fails.
+site: $(VENV)/site-installed
+	$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going -q -b html docs docs/_build
+
 clean:
 	rm -rf $(VENV)
 
@@ -28,4 +32,8 @@ $(VENV)/run-installed: requirements.txt | $(VENV)/bin/python
 
 $(VENV)/test-installed: requirements.txt requirements-dev.txt | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(VENV)/site-installed: requirements-docs.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet -r requirements-docs.txt
 	touch $@
