@@ -15,14 +15,13 @@ from benchmarks.common import PIXELS, interleaved, peak_memory, problem, report
 from lab import methods
 from lab.analyses.measuring import Analyses
 from lab.evaluation import metrics
-from lab.evaluation.losses import LOSSES
 
 
 def checkpoint(net, splits, config):
     """Ours: returns the rows of `analysis.csv` and the summary of the split."""
     analyses = Analyses(config, splits)
     measurement = analyses.measure(net, 0)
-    loss = LOSSES[config.loss_function]
+    loss = config.loss.load()
     train = splits.train
     summary = metrics.summary(measurement.outputs["train"], train, loss, train.shares)
     method = methods.build(config, splits)
@@ -55,7 +54,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     arguments = parser.parse_args()
     net, splits, config = problem(arguments.samples, analysis_target="train")
-    loss, split = LOSSES[config.loss_function], splits.train
+    loss, split = config.loss.load(), splits.train
 
     def ours():
         return checkpoint(net, splits, config)

@@ -25,6 +25,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lab.evaluation.losses import LOGISTIC
+
 BATCH = 64
 
 
@@ -71,7 +73,6 @@ def ours(data_dir: Path, folder: Path, fraction: float) -> dict:
     import torch
 
     from lab.data_sets.sources import waterbirds
-    from lab.evaluation.losses import LOSSES
     from lab.features import extraction as feature_extractor
     from lab.networks import mlp as model
     from lab.splits.pictures import Pictures
@@ -89,7 +90,7 @@ def ours(data_dir: Path, folder: Path, fraction: float) -> dict:
     network = model.build(config, extracted.train.inputs.shape[1:])
     first = Split(extracted.train.inputs[:BATCH], signs[:BATCH], signs[:BATCH], [BATCH, 0, 0, 0])
     trainer.minibatch_epoch(
-        network, trainer.build_optimizer(network, config), first, LOSSES["logistic"], BATCH, 0
+        network, trainer.build_optimizer(network, config), first, LOGISTIC, BATCH, 0
     )
     return {
         "pictures": len(rows),

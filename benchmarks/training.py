@@ -9,7 +9,6 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.common import PIXELS, interleaved, problem, report
-from lab.evaluation.losses import LOSSES
 from lab.training import loop as trainer
 
 
@@ -20,7 +19,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=256)
     arguments = parser.parse_args()
     net, splits, config = problem(arguments.samples)
-    loss, split = LOSSES[config.loss_function], splits.train
+    loss, split = config.loss.load(), splits.train
     optimizer = trainer.build_optimizer(net, config)
     loader = DataLoader(
         TensorDataset(split.inputs, split.y), batch_size=arguments.batch_size, shuffle=True

@@ -12,7 +12,6 @@ from test_cifar10 import write_folder
 from test_resume import assert_equal, at_call, sent
 
 import main
-from lab.config import facts as config_facts
 from lab.figures import drawing
 from lab.retraining import head as dfr
 from lab.runs import run as tracking

@@ -11,8 +11,8 @@ from lab.analyses.gram import GRADIENT, JACOBIAN, SIDES, gram_matrix
 from lab.config.registry import Analysis
 from lab.config.schema import Config
 from lab.config.seeds import derive_seed
-from lab.evaluation import metrics
-from lab.evaluation.metrics import Loss
+from lab.evaluation import predictions
+from lab.evaluation.losses import Loss
 from lab.splits import groups
 from lab.splits.splits import Split, Splits
 
@@ -86,7 +86,7 @@ class Analyses:
 
     def __init__(self, config: Config, splits: Splits):
         self.config = config
-        self.loss = metrics.LOSSES[config.loss_function]
+        self.loss = config.loss.load()
         target = config.analysis_target
         self.sides = [side for side in SIDES if target in (side, "both")]
         self.splits = {side: getattr(splits, side) for side in self.sides}
@@ -136,7 +136,10 @@ class Analyses:
         K_jacobian, jacobian_f = self._gram(model, self.jacobian_samples, jacobian_rows)
         if wants_outputs and not f:
             size = self.config.eval_batch_size
-            f = {side: metrics.outputs(model, split, size) for side, split in self.samples.items()}
+            f = {
+                side: predictions.outputs(model, split, size)
+                for side, split in self.samples.items()
+            }
         whole = {
             side: values
             for found, samples in ((f, self.samples), (jacobian_f, self.jacobian_samples))

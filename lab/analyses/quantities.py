@@ -14,7 +14,7 @@ import torch
 from lab.analyses.gram import GRADIENT, JACOBIAN, ROWS, SIDES
 from lab.analyses.measuring import View
 from lab.evaluation import metrics
-from lab.evaluation.metrics import Loss
+from lab.evaluation.losses import Loss
 from lab.splits import groups
 from lab.splits.splits import Split
 

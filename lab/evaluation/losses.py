@@ -40,5 +40,3 @@ MSE = Loss(
 )
 # log Σ_c exp(f_c) - f_y
 CROSS_ENTROPY = Loss(value=lambda f, y: F.cross_entropy(f, class_index(y), reduction="none"))
-
-LOSSES = {"logistic": LOGISTIC, "mse": MSE, "cross_entropy": CROSS_ENTROPY}

@@ -1,14 +1,14 @@
 """The list of figures, and drawing those that a run has tables for."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from lab.figures import analyses, history, pictures, retraining
+from lab.config import records
+from lab.config.registry import Figure as FigureRecord
 from lab.figures.style import RC
 from lab.figures.tables import (
     PlotError,
@@ -24,57 +24,16 @@ from lab.system import files
 FORMATS = ("png", "svg")
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """One figure: its name, which is that of its files, and how it is drawn.
-
-    make: Run → a figure, a list of them (pages), or None where the run has nothing to show.
-    table: of what it is drawn, "history" or "analysis:<name>"; "": `make` looks for its own file.
-    by_task: of a run with several tasks, each task has its own.
-    """
-
-    name: str
-    make: Callable[[Run], Figure | list[Figure] | None]
-    table: str = ""
-    by_task: bool = False
+FIGURES = records.BUILT_IN.of(FigureRecord)
 
 
-FIGURES = {
-    drawing.name: drawing
-    for drawing in (
-        Drawing("training_history", history.training_history, "history"),
-        Drawing("group_curves", history.group_curves, "history", by_task=True),
-        Drawing("group_accuracies", history.group_accuracies, "history", by_task=True),
-        Drawing("evaluation_sets", history.evaluation_sets, "history"),
-        Drawing("gaps", history.gaps, "history", by_task=True),
-        Drawing("misclassification", history.misclassification, "history", by_task=True),
-        Drawing("gradient_basis", analyses.gradient_basis, "analysis:gradient_basis"),
-        Drawing(
-            "gap_dynamics_factors", analyses.gap_dynamics_factors, "analysis:gap_dynamics_factors"
-        ),
-        Drawing(
-            "static_dynamic_decomposition",
-            analyses.static_dynamic_decomposition,
-            "analysis:static_dynamic_decomposition",
-        ),
-        Drawing("jacobian_norm", analyses.jacobian_norm, "analysis:jacobian_norm"),
-        Drawing(
-            "model_output_expectation",
-            analyses.model_output_expectation,
-            "analysis:model_output_expectation",
-        ),
-        Drawing("scale", analyses.scale, "analysis:SCALE"),
-        Drawing("dfr", retraining.dfr),
-        Drawing("samples", pictures.samples),
-        Drawing("gradcam", pictures.gradcam),
-    )
-}
-
-
-def draw(folder: str | Path, file_format: str | None = None) -> list[Path]:
+def draw(
+    folder: str | Path, file_format: str | None = None, further: Iterable[FigureRecord] = ()
+) -> list[Path]:
     """Draw every figure that the run has a table for into `<folder>/plots/`; return the paths.
 
-    file_format: png or svg, by default the run's `plot_format`. Raises PlotError if the folder is
+    file_format: png or svg, by default the run's `plot_format`; further: figures of plugins, beside
+    the built-in ones. Raises PlotError if the folder is
     not a run folder or a table is damaged.
     """
     run = read_run(folder)
@@ -85,8 +44,8 @@ def draw(folder: str | Path, file_format: str | None = None) -> list[Path]:
     plots.mkdir(exist_ok=True)
     paths = []
     with matplotlib.rc_context(RC):
-        for part, drawing in parts(run):
-            made = drawing.make(part) if has_rows(part, drawing.table) else None
+        for part, drawing in parts(run, [*FIGURES.values(), *further]):
+            made = drawing.load()(part) if has_rows(part, drawing.table) else None
             if made is None:
                 continue
             pages = made if isinstance(made, list) else [made]
@@ -98,20 +57,20 @@ def draw(folder: str | Path, file_format: str | None = None) -> list[Path]:
     return paths
 
 
-def parts(run: Run) -> Iterator[tuple[Run, Drawing]]:
+def parts(run: Run, figures: list[FigureRecord]) -> Iterator[tuple[Run, FigureRecord]]:
     """What to draw: the figures of the whole run, then, where it has several tasks, of each."""
     tasks = [of_task(run, task) for task in task_names(run)]
-    for drawing in FIGURES.values():
+    for drawing in figures:
         if not (tasks and drawing.by_task):
             yield run, drawing
     for task in tasks:
-        for drawing in FIGURES.values():
+        for drawing in figures:
             if drawing.by_task:
                 yield task, drawing
 
 
 def has_rows(run: Run, table: str) -> bool:
-    """Whether a table (see `Drawing`) has rows to draw; True of figures with their own files."""
+    """Whether a table (see `lab.config.registry.Figure`) has rows to draw; True of figures with their own files."""
     if table == "history":
         return len(run.history) > 0 and len(history_splits(run)) > 0
     if table.startswith("analysis:"):

@@ -17,7 +17,6 @@ from lab.config.schema import Config
 from lab.config.seeds import derive_seed
 from lab.config.strict_yaml import show
 from lab.evaluation import metrics
-from lab.evaluation.losses import LOSSES
 from lab.networks import mlp as model
 from lab.system import files, memory
 from lab.system.command import Stopped, whole_step
@@ -101,7 +100,7 @@ class _Training:
             Heads(config, features.shape[1], len(part)).to(features.device) for part in self.parts
         ]
         self.optimizers = [trainer.build_optimizer(heads.mlp, config) for heads in self.blocks]
-        self.loss = LOSSES[config.loss_function]
+        self.loss = config.loss.load()
         self.epoch = self.step = 0  # the last whole one, and steps done since then
 
     def all_epochs(self) -> list[Heads]:

@@ -12,7 +12,7 @@ import logging
 
 import torch
 
-from lab.config.schema import derive_seed
+from lab.config.seeds import derive_seed
 from lab.evaluation import predictions
 from lab.methods.erm import ERMTarget
 from lab.system import distributed

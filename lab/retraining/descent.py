@@ -13,7 +13,6 @@ import torch
 from lab.config.schema import Config
 from lab.config.seeds import derive_seed
 from lab.evaluation import metrics
-from lab.evaluation.losses import LOSSES
 from lab.splits.splits import Split
 from lab.system.errors import UserError
 
@@ -28,7 +27,7 @@ def train(layer, features: Split, epoch_rows, held_out, config: Config) -> list[
 
     Returns a row an epoch, {"epoch", "val_loss"}. Raises `UserError` when training diverges.
     """
-    loss = LOSSES[config.loss_function].value
+    loss = config.loss.load().value
     counts = [len(rows) for rows in held_out]
     val = features.subset(torch.from_numpy(np.concatenate(held_out)), counts)
     there = [count > 0 for count in counts]

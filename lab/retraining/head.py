@@ -28,9 +28,9 @@ import torch
 from sklearn.preprocessing import StandardScaler
 
 from lab.config import checks as config_checks
-from lab.config.schema import Config, derive_seed
+from lab.config.schema import Config
+from lab.config.seeds import derive_seed
 from lab.evaluation import metrics, predictions
-from lab.evaluation.losses import LOSSES
 from lab.networks.mlp import ScaledLinear, fresh_classifier, target_layer
 from lab.retraining import descent as last_layer
 from lab.retraining import logistic
@@ -248,7 +248,7 @@ def retrain(model, splits: Splits, config: Config) -> tuple[Head, dict]:
         "before": {},
         "after": {},
     }
-    loss = LOSSES[config.loss_function]
+    loss = config.loss.load()
     for name, split in splits.evaluated().items():
         f = predictions.outputs(model, split, config.eval_batch_size)
         results["before"][name] = metrics.summary(f, split, loss, splits.train.shares)

@@ -20,12 +20,11 @@ import torch
 from tqdm import tqdm
 
 from lab import methods
-from lab.analyses import gram as analysis
-from lab.analyses.gram import Analyses
-from lab.config.facts import BATCH_NORM
-from lab.config.schema import Config, derive_seed
+from lab.analyses import gram
+from lab.analyses.measuring import Analyses
+from lab.config.schema import Config
+from lab.config.seeds import derive_seed
 from lab.evaluation import metrics, predictions
-from lab.evaluation.losses import LOSSES
 from lab.networks.mlp import parameter_groups
 from lab.splits.splits import Split, Splits
 from lab.system import distributed, files
@@ -139,7 +138,7 @@ def train(model, splits: Splits, config: Config, run) -> tuple[dict, dict]:
 class _Training:
     def __init__(self, model, splits: Splits, config: Config, run):
         self.model, self.splits, self.config, self.run = model, splits, config, run
-        self.loss = LOSSES[config.loss_function]
+        self.loss = config.loss.load()
         self.method = methods.build(config, splits)
         self.optimizer = build_optimizer(model, config, self.method.prepare(model))
         self.analyses = Analyses(config, splits)

@@ -14,7 +14,6 @@ from torch import nn
 import main
 import plotting
 from lab.analyses import gradcam
-from lab.config.facts import ANALYSES
 from lab.figures import drawing, tables
 from lab.figures import pictures as picture_figures
 from lab.networks import mlp as model

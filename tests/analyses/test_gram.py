@@ -10,10 +10,12 @@ import torch
 from conftest import make_split, make_splits
 
 from lab import methods
-from lab.analyses import gram as analysis
-from lab.config.schema import Config, validate
+from lab.analyses import gram, measuring, quantities
+from lab.config.loading import validate
+from lab.config.records import BUILT_IN
+from lab.config.registry import Analysis
 from lab.evaluation import metrics, predictions
-from lab.evaluation.losses import LOSSES
+from lab.evaluation.losses import LOGISTIC
 from lab.networks import mlp as model
 from lab.splits import groups
 
@@ -65,8 +67,8 @@ def twin_gram(net, splits, loss_name):
     return K
 
 
-def gram(net, config, splits, **options):
-    loss = LOSSES[config.loss_function]
+def gram_of(net, config, splits, **options):
+    loss = config.loss.load()
     options = {"kinds": {0, 1}, "batch_size": 5} | options
     return gram.gram_matrix(net, splits, loss, **options)[0]
 
@@ -155,8 +157,8 @@ def test_missing_sides_and_kinds_are_nan():
 def test_outputs_are_those_of_an_evaluation_without_analyses():
     net, _ = network(dtype=torch.float32)
     split = make_split((12, 5, 4, 9), dtype=torch.float32)
-    loss = LOSSES["logistic"]
-    _, found = analysis.gram_matrix(net, {"train": split}, loss, {0, 1}, batch_size=4)
+    loss = LOGISTIC
+    _, found = gram.gram_matrix(net, {"train": split}, loss, {0, 1}, batch_size=4)
     assert torch.equal(found["train"], predictions.outputs(net, split, 4))
 
 
@@ -200,8 +202,8 @@ def test_gram_matrix_of_networks_for_pictures_against_autograd(keys, train):
         name: type(s)(s.inputs.float(), s.y.float(), s.a.float(), s.counts)
         for name, s in both.items()
     }
-    loss = LOSSES[config.loss_function]
-    K, outputs = analysis.gram_matrix(net, single, loss, {0, 1}, batch_size=2)
+    loss = config.loss.load()
+    K, outputs = gram.gram_matrix(net, single, loss, {0, 1}, batch_size=2)
     assert_close(K, exact, tolerance=1e-5)
     for name, split in single.items():
         assert torch.equal(outputs[name], predictions.outputs(net, split, 2))
@@ -306,7 +308,7 @@ def test_gap_dynamics_factors(case, gap, flow, pair):
 @pytest.mark.parametrize(("gap", "flow"), FLOWS)
 def test_static_dynamic_decomposition(case, gap, flow):
     _, config, splits, V, K = case
-    loss = LOSSES[config.loss_function]
+    loss = config.loss.load()
     minority, majority = 1, 3
     found = quantities.static_dynamic_decomposition(
         K, (minority, majority), gap, flow, splits[flow].counts, loss
@@ -377,8 +379,8 @@ def test_empty_groups_are_nan_where_they_count_and_only_there():
     both = {"train": splits.train, "test": splits.test}
     K = gram_of(net, config, both)
     V = twin_rows(net, splits.train, "logistic")
-    loss, counts = LOSSES["logistic"], splits.train.counts
-    weights = methods.METHODS["None"](config, splits).flow_weights([1.0] * 4, counts)
+    loss, counts = LOGISTIC, splits.train.counts
+    weights = methods.build(config, splits).flow_weights([1.0] * 4, counts)
 
     there = quantities.gap_dynamics_factors(K, (0, 3), "train", "train", counts, weights)
     average = (8 * V[0] + 6 * V[3]) / 14
@@ -428,8 +430,8 @@ def test_total_is_the_gaps_change_over_a_tiny_step():
     net, config = network()
     splits = make_splits()
     both = {"train": splits.train, "test": splits.test}
-    loss = LOSSES[config.loss_function]
-    K = gram(net, config, both)
+    loss = config.loss.load()
+    K = gram_of(net, config, both)
     counts = splits.train.counts
 
     def gaps(side, pair):

@@ -20,9 +20,9 @@ from pydantic import ValidationError
 import main
 import plotting
 from lab.config import facts as config_facts
-from lab.config import schema as configuration
-from lab.config import strict_yaml
-from lab.config.schema import Config, load_config, validate
+from lab.config import loading, messages, schema, strict_yaml
+from lab.config.loading import load_config, validate
+from lab.config.schema import Config
 from lab.system.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -25,7 +25,7 @@ from lab.config import facts as config_facts
 from lab.config import loading
 from lab.data_sets import waterbirds as waterbirds_set
 from lab.data_sets.sources import waterbirds
-from lab.evaluation import metrics
+from lab.evaluation import predictions
 from lab.splits import groups, pictures
 from lab.system import picture_files
 from lab.system.errors import ConfigError, DataError

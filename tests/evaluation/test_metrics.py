@@ -7,13 +7,13 @@ import torch
 from conftest import make_split, many_groups
 
 from lab.evaluation import metrics
-from lab.evaluation.losses import LOSSES
+from lab.evaluation.losses import CROSS_ENTROPY, LOGISTIC, MSE
 
 
 def test_summary_by_hand():
     split = make_split((2, 1, 0, 3), dtype=torch.float32)
     f = torch.tensor([-1.0, 1.0, 0.0, 2.0, -0.5, 3.0])  # 0 counts as wrong
-    found = metrics.summary(f, split, LOSSES["mse"], [0.4, 0.1, 0.0, 0.5])
+    found = metrics.summary(f, split, MSE, [0.4, 0.1, 0.0, 0.5])
     losses = [(0 + 4) / 2, 1.0, math.nan, (1 + 2.25 + 4) / 3]
     accuracies = [0.5, 0.0, math.nan, 2 / 3]
     for g in range(4):
@@ -28,7 +28,7 @@ def test_summary_by_hand():
 
 def test_adjusted_accuracy_is_unknown_when_a_group_with_a_share_is_empty():
     split = make_split((2, 0, 1, 1), dtype=torch.float32)
-    found = metrics.summary(torch.ones(4), split, LOSSES["mse"], [0.25] * 4)
+    found = metrics.summary(torch.ones(4), split, MSE, [0.25] * 4)
     assert math.isnan(found["adjusted_acc"])
     assert found["avg_acc"] == 0.5
 
@@ -36,7 +36,7 @@ def test_adjusted_accuracy_is_unknown_when_a_group_with_a_share_is_empty():
 def test_a_nan_output_is_not_hidden_by_the_worst_group():
     split = make_split((1, 1, 1, 1), dtype=torch.float32)
     f = torch.tensor([math.nan, -1.0, 1.0, 1.0])
-    assert math.isnan(metrics.summary(f, split, LOSSES["mse"], [0.25] * 4)["worst_loss"])
+    assert math.isnan(metrics.summary(f, split, MSE, [0.25] * 4)["worst_loss"])
 
 
 def with_nan(f):
@@ -63,8 +63,8 @@ def correct_twin(f, y):
 def test_two_classes_may_be_signs():
     signs, f = torch.tensor([-1.0, 1.0, 1.0]), torch.randn(3, dtype=torch.float64)
     two = torch.stack([-f / 2, f / 2], 1)
-    expected = LOSSES["logistic"].value(f, signs.double())
-    assert torch.allclose(LOSSES["cross_entropy"].value(two, signs), expected)
+    expected = LOGISTIC.value(f, signs.double())
+    assert torch.allclose(CROSS_ENTROPY.value(two, signs), expected)
     assert torch.equal(metrics.correct(two, signs), metrics.correct(f, signs))
 
 
@@ -86,7 +86,7 @@ def test_the_summary_of_nine_groups_against_a_loop(counts):
     split = many_groups(counts, num_attributes=3)
     f = torch.randn(len(split), 3, generator=torch.Generator().manual_seed(2))
     shares = [(g + 1) / 45 if n else 0 for g, n in enumerate(counts)]
-    found = metrics.summary(f, split, LOSSES["cross_entropy"], shares)
+    found = metrics.summary(f, split, CROSS_ENTROPY, shares)
     right, losses = correct_twin(f, split.y), cross_entropy_twin(f, split.y)
     by_group, kinds = {}, {True: [], False: []}
     for ok, loss, y, a in zip(right, losses, split.y.tolist(), split.a.tolist()):
@@ -118,7 +118,7 @@ def test_the_summary_of_nine_groups_against_a_loop(counts):
 def test_minority_and_majority_of_two_classes():
     split = make_split((2, 1, 0, 3), dtype=torch.float32)
     f = torch.tensor([-1.0, 1.0, -2.0, 2.0, -0.5, 3.0])
-    found = metrics.summary(f, split, LOSSES["logistic"], [0.25] * 4)
+    found = metrics.summary(f, split, LOGISTIC, [0.25] * 4)
     assert found["minority_acc"] == 1.0
     assert found["majority_acc"] == pytest.approx(3 / 5)
     assert len(metrics.group_losses(found)) == 4
@@ -128,6 +128,6 @@ def test_the_minority_can_be_given_by_group():
     split = make_split((2, 1, 1, 2))
     split.minority = (False, False, False, True)
     f = torch.tensor([-1.0, 1.0, -1.0, 1.0, 1.0, -1.0])
-    found = metrics.summary(f, split, LOSSES["logistic"], split.shares)
+    found = metrics.summary(f, split, LOGISTIC, split.shares)
     assert found["minority_acc"] == 0.5  # of the last two samples
     assert found["majority_acc"] == 0.75  # of the first four

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 def test_legends_name_the_groups_and_colours_are_fixed(tmp_path):
     run = read_run(write_run(tmp_path / "run"))
     for name in ("group_curves", "jacobian_norm", "model_output_expectation", "misclassification"):
-        figure = FIGURES[name].make(run)
+        figure = FIGURES[name].load()(run)
         assert set(NAMES) <= set(labels_of(figure)), name
         for ax in figure.axes:
             for line in ax.lines:

@@ -21,7 +21,7 @@ from benchmarks import celeba_standin
 from lab.config import loading
 from lab.data_sets.sources import celeba
 from lab.evaluation import metrics, predictions
-from lab.evaluation.losses import LOSSES
+from lab.evaluation.losses import LOGISTIC
 from lab.features import extraction as feature_extractor
 from lab.matrix import figures as matrix_plots
 from lab.matrix import heads as batched_heads
@@ -165,7 +165,7 @@ def test_accuracies_are_those_of_a_run_with_this_shortcut(whole):
         network = model.build_for(config, splits)
         network.load_state_dict(torch.load(run / "model.pt", weights_only=True))
         f = predictions.outputs(network, splits.val, 1000)
-        summary = metrics.summary(f, splits.val, LOSSES["logistic"], splits.train.shares)
+        summary = metrics.summary(f, splits.val, LOGISTIC, splits.train.shares)
         rows = table[(table["task"] == "Big_Lips") & (table["attribute"] == attribute)]
         assert rows["group"].tolist() == [0, 1, 2, 3]
         assert rows["count"].tolist() == splits.val.counts

@@ -7,9 +7,9 @@ import torch
 from conftest import make_splits
 
 from lab import methods
-from lab.config.schema import validate
+from lab.config.loading import validate
 from lab.evaluation import metrics, predictions
-from lab.evaluation.losses import LOSSES
+from lab.evaluation.losses import LOGISTIC
 from lab.networks import mlp as model
 from lab.training import loop as trainer
 
@@ -56,7 +56,7 @@ def test_full_batch_step_against_one_gradient_per_group(batch_size):
     splits = make_splits()
     split, weights = splits.train, [0.1, 0.4, 0.2, 0.3]
     config = validate({"hidden_dim": 9, "learning_rate": 0.3})
-    loss = LOSSES["logistic"]
+    loss = LOGISTIC
     net = model.build(config, (7,)).double()
     twin = model.build(config, (7,)).double()
     trainer.full_batch_step(
@@ -88,7 +88,7 @@ def test_minibatches_see_every_sample_once_in_an_order_of_seed_and_epoch():
         seen.clear()
         net = Spy()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        loss = LOSSES["logistic"]
+        loss = LOGISTIC
         trainer.minibatch_epoch(net, optimizer, splits.train, loss, 8, seed)
         return torch.cat(seen)
 
@@ -118,7 +118,7 @@ def test_importance_weighting_of_a_batch():
 
     splits = make_splits(train=(10, 5, 3, 12))
     net = model.build(validate({"hidden_dim": 5}), (7,)).double()
-    losses = LOSSES["logistic"].value(net(splits.train.inputs), splits.train.y)
+    losses = LOGISTIC.value(net(splits.train.inputs), splits.train.y)
     whole = method("IW_uniform").batch_loss(losses, splits.train.group)
     means = [losses[part].mean() for part in splits.train.slices]
     assert whole.item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-12)
@@ -153,7 +153,7 @@ def test_mini_batches_of_everything_are_the_full_batch(fake_run, settings, name)
         splits = make_splits()
         net = model.build(config, (7,)).double()
         optimizer = trainer.build_optimizer(net, config)
-        loss, made = LOSSES["logistic"], methods.build(config, splits)
+        loss, made = LOGISTIC, methods.build(config, splits)
         if batches == "full":
             f = predictions.outputs(net, splits.train, 100)
             losses = metrics.group_means(loss.value(f, splits.train.y), splits.train.slices)
@@ -196,7 +196,7 @@ def test_a_single_sample_left_over_joins_the_last_batch_where_there_is_batch_nor
     for layers, expected in ((1, [29, 1]), (2, [30])):
         net = Spy(torch.nn.Linear(7, 1), torch.nn.BatchNorm1d(1))[:layers].double()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-        loss = LOSSES["logistic"]
+        loss = LOGISTIC
         sizes.clear()
         trainer.minibatch_epoch(net, optimizer, splits.train, loss, 29, 0)
         assert sizes == expected

@@ -15,8 +15,8 @@ from test_resume import at_call, sent
 import main
 from lab import methods
 from lab.config import facts as config_facts
-from lab.config.schema import validate
-from lab.evaluation.losses import LOSSES
+from lab.config.loading import validate
+from lab.evaluation.losses import LOGISTIC
 from lab.networks import mlp as model
 from lab.splits import splits as splits_of
 from lab.system.errors import UserError
@@ -81,7 +81,7 @@ def test_expected_flow_of_the_samplers_by_hand():
     # As the gradient of many drawn batches says, too.
     split, method = splits.train, build("RWY", splits)
     net = model.build(validate({"hidden_dim": 4}), (7,)).double()
-    loss = LOSSES["logistic"]
+    loss = LOGISTIC
     each = loss.value(net(split.inputs), split.y).detach()
     drawn = draws(method, 3000)
     means = [each[part].mean().item() for part in split.slices]
@@ -132,7 +132,7 @@ def test_a_subset_is_the_same_in_every_epoch_and_full_batches_are_of_it(fake_run
     optimizer = trainer.build_optimizer(twin, config)
     for _ in range(3):
         optimizer.zero_grad()
-        LOSSES["logistic"].value(twin(part.inputs), part.y).mean().backward()
+        LOGISTIC.value(twin(part.inputs), part.y).mean().backward()
         optimizer.step()
     for ours, expected in zip(net.parameters(), twin.parameters()):
         assert torch.allclose(ours, expected, rtol=1e-10)

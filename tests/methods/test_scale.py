@@ -9,8 +9,8 @@ from conftest import make_split, make_splits
 
 import plotting
 from lab import methods
-from lab.config.schema import validate
-from lab.evaluation import metrics
+from lab.config.loading import validate
+from lab.evaluation.losses import LOGISTIC
 from lab.figures import analyses, tables
 from lab.methods import scale
 from lab.networks import mlp as model
@@ -104,7 +104,7 @@ HEADS = ("classifier", "layers.1")  # of the ConvNet, of an MLP with one hidden 
 )  # fmt: skip
 def test_steps_are_those_of_the_loop(mode, network, size, kernels):
     net, method, optimizer, splits, config = problem(name=network, size=size, scale_mode=mode)
-    loss, train, target = LOSSES["logistic"], splits.train, splits.target
+    loss, train, target = LOGISTIC, splits.train, splits.target
     # The train head starts as a copy; make it another one.
     with torch.no_grad():
         for p in method.train_head.parameters():
@@ -161,7 +161,7 @@ def test_without_train_gradients_it_is_erm_on_the_target_batches(monkeypatch):
     net, method, optimizer, splits, config = problem()
     twin = copy.deepcopy(net)
     other = trainer.build_optimizer(twin, config)
-    loss = LOSSES["logistic"]
+    loss = LOGISTIC
     same = scale.SCALE(config, splits)._target_batches(3, 0)
     method.start_epoch(3, 0)
     for step in range(4):
@@ -221,7 +221,7 @@ def test_erm_target_is_erm_on_the_target_set(fake_run, settings, batch_size):
 
     twin = model.build(config, (7,)).double()
     optimizer = trainer.build_optimizer(twin, config)
-    loss, target = LOSSES["logistic"], splits.target
+    loss, target = LOGISTIC, splits.target
     for epoch in range(1, 4):
         if batch_size:
             seed = trainer.derive_seed(config.seed, "batches", epoch)

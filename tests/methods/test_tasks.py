@@ -21,8 +21,9 @@ from test_resume import at_call, sent
 import main
 import plotting
 from lab import methods
-from lab.config import schema as configuration
-from lab.evaluation import metrics, shortcuts
+from lab.config import loading
+from lab.evaluation import metrics, predictions, shortcuts
+from lab.evaluation.losses import LOGISTIC
 from lab.figures import tables
 from lab.methods import entropy
 from lab.networks import mlp as model
@@ -115,8 +116,8 @@ def test_the_minority_of_every_task_tells_the_best_epoch(fake_run):
 def test_loss_balanced_weights_carry_no_gradient():
     splits = two_tasks()
     method = build(splits, loss_balanced_task_weighting=True)
-    net = model.build(configuration.validate({"hidden_dim": 4}), (5,), 2).double()
-    loss = LOSSES["logistic"]
+    net = model.build(loading.validate({"hidden_dim": 4}), (5,), 2).double()
+    loss = LOGISTIC
     x, y, group = splits.train.inputs, splits.train.y, splits.train.group
     method.backward(net, loss, x[:20], y[:20], group[:20])
     first = loss.value(net(x[:20]), y[:20]).mean(0).tolist()
@@ -154,7 +155,7 @@ def test_weights_by_delta_are_a_softmax_over_what_validation_says():
 def test_metrics_of_every_task_against_its_own_split():
     splits = two_tasks(60, num_tasks=3)
     f = torch.randn(60, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    loss = LOSSES["logistic"]
+    loss = LOGISTIC
     found = metrics.task_summaries(f, splits.test, splits.tasks, loss, splits.train)
     worst, average = [], []
     for t in range(3):
@@ -366,7 +367,7 @@ def test_one_task_among_several_is_the_single_task_bit_for_bit(tmp_path):
         net = model.build(config, (7,)).double()
         method = methods.build(config, splits)
         optimizer = trainer.build_optimizer(net, config)
-        loss = LOSSES["logistic"]
+        loss = LOGISTIC
         forward = net.forward
         if splits is several:
             net.forward = lambda x, forward=forward: forward(x)[:, None]

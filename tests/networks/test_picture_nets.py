@@ -15,10 +15,10 @@ from conftest import in_float64, make_split, make_splits
 
 import data_loader
 from lab.analyses import gram as analysis
-from lab.config.facts import END_TO_END, RESNETS
-from lab.config.schema import Config, validate
+from lab.config.facts import RESNETS
+from lab.config.loading import validate
 from lab.evaluation import predictions
-from lab.evaluation.losses import LOSSES
+from lab.evaluation.losses import MSE
 from lab.features import backbones
 from lab.networks import mlp as model
 from lab.retraining import head as dfr
@@ -241,7 +241,7 @@ def test_a_network_limits_the_batches_of_evaluation_and_analyses():
     net.register_forward_hook(lambda module, args, f: seen.append(len(f)))
     net.max_batch = 3
     torch.testing.assert_close(predictions.outputs(net, split, 1000), whole)
-    analysis.gram_matrix(net, {"train": split}, LOSSES["mse"], {0, 1}, batch_size=1000)
+    analysis.gram_matrix(net, {"train": split}, MSE, {0, 1}, batch_size=1000)
     assert seen == [3, 2, 3, 3, 1, 1] * 2
     assert len(list(predictions.group_batches(split, 2, net))) == 3 + 4 + 1
 

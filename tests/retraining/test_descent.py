@@ -63,7 +63,7 @@ def trained_whole(net, splits, config):
     def outputs(x):
         return net.classifier((net.hidden(x) - mean) / scale).squeeze(1)
 
-    source, loss = splits.dfr, LOSSES[config.loss_function].value
+    source, loss = splits.dfr, config.loss.load().value
     rng = np.random.default_rng(dfr.derive_seed(config.seed, "dfr", "sgd", "split"))
     members = [rng.permutation(np.arange(s.start, s.stop)) for s in source.slices]
     held, fitting, number = [], [], 0
@@ -122,7 +122,7 @@ def test_cached_features_do_what_the_whole_frozen_network_does(settings, keys, b
         expected = outputs(splits.test.inputs)
     h = np.concatenate(list(dfr.feature_batches(net, splits.test, config)))
     torch.testing.assert_close(head.outputs(h), expected, rtol=1e-5, atol=1e-6)
-    loss = LOSSES[config.loss_function]
+    loss = config.loss.load()
     summary = metrics.summary(expected, splits.test, loss, splits.train.shares)
     assert results["after"]["test"] == pytest.approx(summary, rel=1e-5, nan_ok=True)
     one_layer = head.linear()

@@ -10,9 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.preprocessing import StandardScaler
 
-from lab.config.facts import ANALYSES
 from lab.evaluation import metrics, predictions
-from lab.evaluation.losses import LOSSES
+from lab.evaluation.losses import LOGISTIC
 from lab.networks import mlp as model
 from lab.retraining import head as dfr
 from lab.splits.splits import Splits
@@ -82,7 +81,7 @@ def test_against_a_direct_run(settings, monkeypatch, penalty, layer):
     assert head.intercept == pytest.approx(np.mean(intercepts), rel=1e-6)
 
     f = scaler.transform(features(splits.test)) @ head.coefficients + head.intercept
-    loss = LOSSES["logistic"]
+    loss = LOGISTIC
     expected = metrics.summary(torch.from_numpy(f), splits.test, loss, splits.train.shares)
     assert results["after"]["test"] == pytest.approx(expected, rel=1e-6)
     f = predictions.outputs(net, splits.test, 100)
@@ -313,7 +312,7 @@ def test_two_classes_on_the_target_set(settings, loss):
     assert bias == pytest.approx(twin.intercept_[0], rel=1e-6, abs=1e-9)
     # Whichever way the outputs are written, they mean the same.
     f = torch.from_numpy(twin.decision_function(Net().hidden(splits.test.inputs).numpy()))
-    logistic_loss = LOSSES["logistic"]
+    logistic_loss = LOGISTIC
     expected = metrics.summary(f, splits.test, logistic_loss, splits.train.shares)
     assert results["after"]["test"] == pytest.approx(expected, rel=1e-6)
 

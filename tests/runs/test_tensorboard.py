@@ -19,7 +19,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import main as program
 import plotting
-from lab.config import schema as configuration
+from lab.config import loading, schema
+from lab.config.registry import Figure as FigureRecord
 from lab.figures import drawing
 from lab.runs import trackers
 from lab.system import files
@@ -38,7 +39,7 @@ ALL = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0, "compressedHist
 @pytest.fixture
 def go(tmp_path, data_dir, capsys, monkeypatch):
     """go(argument, …) -> (exit code, stderr lines); one small figure instead of all."""
-    small = drawing.Drawing("small", lambda run: Figure(figsize=(1, 2)))
+    small = FigureRecord("small", "…", code=lambda run: Figure(figsize=(1, 2)))
     monkeypatch.setattr(drawing, "FIGURES", {"small": small})
     (tmp_path / "c.yaml").write_text("experiment_name: small\n")
 

@@ -28,14 +28,14 @@ import json, os, signal, sys, time
 from pathlib import Path
 
 sys.path.insert(0, ROOT)
-from lab.config import schema as config
+from lab.config import loading
 
 arguments = sys.argv[1:]
 if "--resume" in arguments:
     run = Path(arguments[1])
-    c = config.load_config(run / "config_used.yaml")
+    c = loading.load_config(run / "config_used.yaml")
 else:
-    c = config.load_config(arguments[1], arguments[2:])
+    c = loading.load_config(arguments[1], arguments[2:])
     run = Path(c.results_dir) / "small_2026"
 task = c.data_dir
 if task == "refuse" and not run.exists():

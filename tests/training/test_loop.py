@@ -10,7 +10,7 @@ from conftest import make_splits
 
 from lab.analyses import gram as analysis
 from lab.evaluation import metrics, predictions
-from lab.evaluation.losses import LOSSES
+from lab.evaluation.losses import LOGISTIC
 from lab.networks import mlp as model
 from lab.training import checkpoints
 from lab.training import loop as trainer
@@ -83,7 +83,7 @@ def test_history_has_every_quantity_at_every_epoch(fake_run, settings):
     net = run(fake_run, settings, debias_method="GroupDRO", learning_rate=0.5)
     assert [row["epoch"] for row in fake_run.rows] == [0, 1, 2, 3]
     splits = make_splits()
-    loss = LOSSES["logistic"]
+    loss = LOGISTIC
     for name, split in (("train", splits.train), ("test", splits.test)):
         f = predictions.outputs(net, split, 100)
         expected = metrics.summary(f, split, loss, splits.train.shares)
