@@ -29,10 +29,9 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
     torchrun all train, and the first one does the rest.
     """
     # Imported here: `--help` and configuration errors need not wait for torch.
-    from lab.networks import mlp as model
-    from lab.system import distributed
+    from lab.system import devices, distributed
 
-    device = distributed.own_device(model.choose_device(config.device))
+    device = distributed.own_device(devices.choose_device(config.device))
     from lab.runs import run as tracking
     from lab.runs import trackers
 
@@ -78,7 +77,7 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
 def _load(config: Config, device: str):
     """(splits, the network for them, where they and their features come from)."""
     import data_loader
-    from lab.networks import mlp as model
+    from lab.networks import building
     from lab.retraining import head as dfr
 
     extractor = None
@@ -93,7 +92,7 @@ def _load(config: Config, device: str):
         splits = extractor.extract(splits)
     if config.use_dfr:
         dfr.check(splits, config.dfr_solver)
-    network = model.build_for(config, splits)  # here, because it may miss its weights
+    network = building.build_for(config, splits)  # here, because it may miss its weights
     return splits, network, {"data": splits.facts, "features": extractor and extractor.facts}
 
 

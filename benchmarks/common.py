@@ -7,7 +7,7 @@ import time
 import torch
 
 from lab.config import loading
-from lab.networks import mlp as model
+from lab.networks import building
 from lab.splits.splits import Split, Splits
 
 PIXELS = 2352  # 3 × 28 × 28
@@ -22,7 +22,7 @@ def problem(samples: int, **keys):
     split = _split([round(samples * share) for share in shares])
     test = _split([1, 1, 1, 1])
     splits = Splits(train=split, test=test, group_names=["0", "1", "2", "3"])
-    return model.build(config, (PIXELS,)), splits, config
+    return building.build(config, (PIXELS,)), splits, config
 
 
 def _split(counts) -> Split:

@@ -74,7 +74,7 @@ def ours(data_dir: Path, folder: Path, fraction: float) -> dict:
 
     from lab.data_sets.sources import waterbirds
     from lab.features import extraction as feature_extractor
-    from lab.networks import mlp as model
+    from lab.networks import building
     from lab.splits.pictures import Pictures
     from lab.splits.splits import Split, Splits
     from lab.training import loop as trainer
@@ -87,7 +87,7 @@ def ours(data_dir: Path, folder: Path, fraction: float) -> dict:
     split = Split(Pictures(source, rows), signs, signs, [len(rows), 0, 0, 0])
     extracted = feature_extractor.Extractor(config).extract(Splits(split, split, list("abcd")))
     seconds = time.perf_counter() - start
-    network = model.build(config, extracted.train.inputs.shape[1:])
+    network = building.build(config, extracted.train.inputs.shape[1:])
     first = Split(extracted.train.inputs[:BATCH], signs[:BATCH], signs[:BATCH], [BATCH, 0, 0, 0])
     trainer.minibatch_epoch(
         network, trainer.build_optimizer(network, config), first, LOGISTIC, BATCH, 0

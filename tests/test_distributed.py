@@ -11,7 +11,7 @@ from conftest import make_splits
 
 import main
 from lab.config.loading import validate
-from lab.networks import mlp as model
+from lab.networks import building
 from lab.system import distributed
 from lab.system.errors import ConfigError
 
@@ -48,13 +48,13 @@ def test_two_processes_learn_what_one_learns(tmp_path, data_dir):
 
 def test_batch_norm_needs_gpus(monkeypatch):
     monkeypatch.setattr(distributed, "grouped", lambda: True)
-    monkeypatch.setattr(model.dist, "get_backend", lambda: "gloo")
+    monkeypatch.setattr(building.dist, "get_backend", lambda: "gloo")
     config = validate({"model_name": "ResNet18"})
     splits = make_splits(shape=(3, 32, 32))
     with pytest.raises(ConfigError, match="works over several processes on GPUs only"):
-        model.build_for(config, splits)
-    assert model.build_for(validate({"model_name": "ConvNet"}), splits)
-    monkeypatch.setattr(model.dist, "get_backend", lambda: "nccl")
-    kinds = {type(module).__name__ for module in model.build_for(config, splits).modules()}
+        building.build_for(config, splits)
+    assert building.build_for(validate({"model_name": "ConvNet"}), splits)
+    monkeypatch.setattr(building.dist, "get_backend", lambda: "nccl")
+    kinds = {type(module).__name__ for module in building.build_for(config, splits).modules()}
     assert "SyncBatchNorm" in kinds
     assert "BatchNorm2d" not in kinds

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from lab.config import loading
-from lab.config.facts import END_TO_END
+from lab.config.registry import Network
 from lab.evaluation import predictions
 from lab.evaluation.losses import class_index
 from lab.retraining import head as dfr
@@ -33,10 +33,8 @@ LARGE = 128  # pixels; examples of larger pictures are halved
 
 
 def last_convolutions(network) -> torch.nn.Module:
-    """The layer of a ConvNet or ResNet whose outputs are the last block's maps (B, K, H', W')."""
-    body = network.body
-    # A ConvNet's second ReLU; a ResNet stands behind the layer that standardises its pictures.
-    return body[1].layer4 if hasattr(body[1], "layer4") else body[4]
+    """The layer whose outputs are the last block's maps (B, K, H', W')."""
+    return network.body.get_submodule(network.gradcam_layer)
 
 
 def heat_maps(network, layer, x, y, by_pixel: bool = False) -> torch.Tensor:
@@ -84,10 +82,13 @@ def explain(folder: Path) -> None:
     if not used.is_file():
         raise ConfigError(f"--gradcam: given {folder}, but there is no {used}")
     config = loading.load_config(used)
-    if config.model_name not in END_TO_END:
+    if not config.network.gradcam_layer:
+        networks_with = [
+            name for name, record in config.catalogue.of(Network).items() if record.gradcam_layer
+        ]
         raise UserError(
             f"--gradcam: the network of {folder} is an {config.model_name}, which has no "
-            f"convolutions; allowed: {', '.join(END_TO_END)}"
+            f"convolutions; allowed: {', '.join(networks_with)}"
         )
     network, splits = dfr.load_network(folder, config)
     networks = {"before_dfr": network}

@@ -103,6 +103,7 @@ DATA_SETS = [
         experiment="celeba",
         official_validation=True,
         side="target_resolution",
+        any_task=True,
         standardised=True,
         at=rules.celeba_at,
         resolve=lambda c: {"celeba_splits": rules.celeba_splits(c)},

@@ -103,7 +103,8 @@ class DataSet(Record):
     drawn_to_moments: its groups follow the configured correlation and marginals; validation_size:
     the key that sizes its validation split; side: the key of its pictures' side, of which a feature
     extractor needs 224; standardised: without `normalize_inputs` the channels come standardised;
-    retrains_on_train: DFR uses the training samples, so that nothing is set aside; variant: which
+    any_task: every attribute can be the label of a task (`groupings`); retrains_on_train: DFR uses
+    the training samples, so that nothing is set aside; variant: which
     settings make it so, for messages; experiment: what a results folder is called by default.
 
     at: c → the facts that differ at the settings c; resolve: config → what null stands for in its
@@ -124,6 +125,7 @@ class DataSet(Record):
     validation_size: str = "num_val_samples"
     side: str = ""
     standardised: bool = False
+    any_task: bool = False
     retrains_on_train: bool = False
     variant: str = ""
     at: Callable[[Any], dict[str, Any]] = no_changes

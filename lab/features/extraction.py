@@ -491,9 +491,9 @@ def _parser() -> Parser:
 
 def _run(config: Config) -> None:
     from lab import data_sets as data_loader
-    from lab.networks import mlp as model
+    from lab.system import devices
 
-    device = distributed.own_device(model.choose_device(config.device))
+    device = distributed.own_device(devices.choose_device(config.device))
     extractor = Extractor(config, device)
     extractor.extract(data_loader.load(config))
     for name, file in extractor.facts["files"].items():

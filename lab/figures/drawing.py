@@ -70,7 +70,7 @@ def parts(run: Run, figures: list[FigureRecord]) -> Iterator[tuple[Run, FigureRe
 
 
 def has_rows(run: Run, table: str) -> bool:
-    """Whether a table (see `lab.config.registry.Figure`) has rows to draw; True of figures with their own files."""
+    """Whether the table of a figure's record has rows; True of figures with files of their own."""
     if table == "history":
         return len(run.history) > 0 and len(history_splits(run)) > 0
     if table.startswith("analysis:"):

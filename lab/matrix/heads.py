@@ -17,7 +17,7 @@ from lab.config.schema import Config
 from lab.config.seeds import derive_seed
 from lab.config.strict_yaml import show
 from lab.evaluation import metrics
-from lab.networks import mlp as model
+from lab.networks import building
 from lab.system import files, memory
 from lab.system.command import Stopped, whole_step
 from lab.system.errors import ConfigError
@@ -36,7 +36,7 @@ class Heads(nn.Module):
 
     def __init__(self, config: Config, inputs: int, count: int):
         super().__init__()
-        self.mlp = model.build(config, (inputs,))
+        self.mlp = building.build(config, (inputs,))
         for layer in self.mlp.layers:
             for name, one in list(layer.named_parameters()):
                 stacked = one.detach().repeat(count, *[1] * one.dim())
@@ -58,7 +58,7 @@ def check(config: Config) -> None:
     wrong = {
         "train_batch_size": (config.train_batch_size is None, "a whole number"),
         "early_stopping_patience": (config.early_stopping_patience is not None, "null"),
-        "loss_function": (config.loss_function == "cross_entropy", "logistic, mse"),
+        "loss_function": (config.loss.class_outputs, "logistic, mse"),
     }
     problems = [
         f"{name}: given {show(getattr(config, name))}; allowed for all tasks at once: {allowed}"

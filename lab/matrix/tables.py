@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 
 from lab.config import comparing, loading, messages
+from lab.config.registry import DataSet
 from lab.config.schema import Config, layout
 from lab.config.seeds import derive_seed
 from lab.config.strict_yaml import show
@@ -124,12 +125,16 @@ def check(config: Config) -> None:
     problems = [
         f"{name}: given {getattr(config, name)}; allowed here: {allowed}"
         for name, allowed in (
-            ("dataset_name", "CelebA"),
             ("debias_method", "None"),
             ("celeba_splits", "official"),
         )
         if getattr(config, name) != allowed
     ]
+    if not config.data_set.any_task:
+        known = [n for n, record in config.catalogue.of(DataSet).items() if record.any_task]
+        problems.insert(
+            0, f"dataset_name: given {config.dataset_name}; allowed here: {', '.join(known)}"
+        )
     if config.remove_minority_groups_train:
         problems.append("remove_minority_groups_train: given true; allowed here: false")
     if config.num_val_samples == 0:
@@ -192,9 +197,9 @@ def matrix(given, command: list[str], early_log: MemoryHandler) -> Path:
     names = _source(config).attribute_names
     if problems := _wrong_options(options, len(names)):
         raise ConfigError(*problems)
-    from lab.networks import mlp as model
+    from lab.system import devices
 
-    device = model.choose_device(config.device)
+    device = devices.choose_device(config.device)
     if resume:
         results = tracking.resume(resume, device, command)
     else:
@@ -326,7 +331,7 @@ def find_runs(folders) -> dict[str, tuple[Path, Config]]:
                 log.warning("%s: not finished, left out", run)
                 continue
             config = loading.load_config(run / tracking.CONFIG)
-            if config.dataset_name != "CelebA" or len(config.groupings) != 1:
+            if not config.data_set.any_task or len(config.groupings) != 1:
                 continue
             label = config.groupings[0].partition(":")[0]
             if label in found:
@@ -343,7 +348,8 @@ def predict(runs: dict, names: list[str], base: Config) -> tuple[np.ndarray, np.
     """
     from lab import data_sets as data_loader
     from lab.evaluation import metrics, predictions
-    from lab.networks import mlp as model
+    from lab.networks import building
+    from lab.system import devices
     from lab.training import checkpoints
 
     base = loading.validate(base.resolved() | OWN)
@@ -356,7 +362,7 @@ def predict(runs: dict, names: list[str], base: Config) -> tuple[np.ndarray, np.
         ]
     if problems:
         raise UserError(*problems[: messages.PROBLEMS])
-    device = model.choose_device(base.device)
+    device = devices.choose_device(base.device)
     tallies = []
     for name in names:
         run, config = runs[name]
@@ -368,7 +374,7 @@ def predict(runs: dict, names: list[str], base: Config) -> tuple[np.ndarray, np.
             from lab.features import extraction as feature_extractor
 
             splits = feature_extractor.Extractor(config, device).extract(splits)
-        network = model.build_for(config, splits)
+        network = building.build_for(config, splits)
         checkpoints.load_network(network, run, "last", splits.fingerprint())
         val = splits.val.to(device)
         f = predictions.outputs(network.to(device), val, config.eval_batch_size)

@@ -31,7 +31,8 @@ from lab.config import checks as config_checks
 from lab.config.schema import Config
 from lab.config.seeds import derive_seed
 from lab.evaluation import metrics, predictions
-from lab.networks.mlp import ScaledLinear, fresh_classifier, target_layer
+from lab.networks.building import fresh_classifier
+from lab.networks.mlp import ScaledLinear
 from lab.retraining import descent as last_layer
 from lab.retraining import logistic
 from lab.splits.splits import Split, Splits
@@ -112,6 +113,12 @@ def feature_batches(model, split: Split, config: Config):
     plan = predictions.evaluation_plan(split, config.eval_batch_size, model)
     for _, _, x in predictions.batches(split, plan):
         yield model.hidden(x, layer).cpu().numpy()
+
+
+def target_layer(config: Config) -> int | None:
+    """`dfr_target_layer` as the argument of a network's `hidden`."""
+    name = config.dfr_target_layer
+    return None if name == "last_hidden" else int(name.removeprefix("layer_"))
 
 
 def balanced(members: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
@@ -286,7 +293,7 @@ def _by_regressions(features_of, features, splits: Splits, config: Config):
     fits = _fit_all(features, source, tasks, config)
     coefficients = np.mean([found.coefficients for found in fits], axis=0)
     intercept = np.mean([found.intercept for found in fits], axis=0)
-    if config.loss_function == "cross_entropy" and coefficients.ndim == 1:
+    if config.loss.class_outputs and coefficients.ndim == 1:
         # Two outputs with the difference f: their cross entropy is f's logistic loss.
         coefficients = np.stack([-coefficients / 2, coefficients / 2])
         intercept = np.array([-intercept / 2, intercept / 2])
@@ -320,7 +327,7 @@ def _by_gradient_descent(model, features, source: Split, config: Config):
     if isinstance(layer, ScaledLinear):
         weight, bias = layer.effective()
     coefficients, intercept = (p.detach().cpu().double().numpy() for p in (weight, bias))
-    if config.loss_function != "cross_entropy":
+    if not config.loss.class_outputs:
         coefficients, intercept = coefficients[0], float(intercept[0])
     counts = [len(rows) for rows in fitting]
     smallest = min(filter(None, counts)) if config.dfr_balance else None
@@ -532,16 +539,17 @@ def load_network(folder: Path, config: Config):
     Raises `DataError` when the data are not the run's.
     """
     from lab import data_sets as data_loader
-    from lab.networks import mlp as model
+    from lab.networks import building
+    from lab.system import devices
     from lab.training import checkpoints
 
-    device = model.choose_device(config.device)
+    device = devices.choose_device(config.device)
     splits = data_loader.load(config)
     if config.use_feature_extractor:
         from lab.features import extraction as feature_extractor
 
         splits = feature_extractor.Extractor(config, device).extract(splits)
-    network = model.build_for(config, splits)
+    network = building.build_for(config, splits)
     checkpoints.load_network(network, folder, config.dfr_network, splits.fingerprint())
     return network.to(device), splits.to(device)
 

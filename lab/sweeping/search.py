@@ -178,7 +178,7 @@ def _problems_of_corners(space: dict, base, overrides, seeds) -> list[str]:
 
 
 def _problems_of_validation(config: Config):
-    size = "val_target_size" if config.dataset_name == "Dominoes" else "num_val_samples"
+    size = config.data_set.validation_size
     if getattr(config, size) == 0:
         yield (
             f"{size}: given 0, but the search goes by validation accuracy, never by test; "

@@ -19,7 +19,7 @@ import torch
 from lab.config.registry import Analysis
 from lab.config.schema import Config
 from lab.evaluation import metrics, predictions
-from lab.networks import mlp as model
+from lab.networks import building
 from lab.splits.splits import Splits
 from lab.system import distributed, files
 from lab.system.errors import DataError, UserError
@@ -110,7 +110,7 @@ def _train(splits: Splits, config: Config, run):
     """(training samples, (N, tasks) bool, that a network trained by ERM gets wrong; its validation
     losses by task, if there are validation data)."""
     config = stage_config(config)
-    network = model.build_for(config, splits).to(splits.train.y.device)
+    network = building.build_for(config, splits).to(splits.train.y.device)
     log.info("JTT, identification: %d epochs of ERM", config.epochs)
     part = run.part("identification")
     try:

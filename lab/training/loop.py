@@ -25,7 +25,7 @@ from lab.analyses.measuring import Analyses
 from lab.config.schema import Config
 from lab.config.seeds import derive_seed
 from lab.evaluation import metrics, predictions
-from lab.networks.mlp import parameter_groups
+from lab.networks.building import parameter_groups
 from lab.splits.splits import Split, Splits
 from lab.system import distributed, files
 from lab.system.command import Stopped, whole_step

@@ -16,14 +16,14 @@ import plotting
 from lab.analyses import gradcam
 from lab.figures import drawing, tables
 from lab.figures import pictures as picture_figures
-from lab.networks import mlp as model
+from lab.networks import building
 from lab.retraining import head as dfr
 from lab.runs import run as tracking
 
 
 def network(settings, num_outputs=1, **keys):
     config = settings(latent_size=5, **{"analyses": "none"} | keys)
-    return model.build(config, (1, 8, 8), num_outputs).double(), config
+    return building.build(config, (1, 8, 8), num_outputs).double(), config
 
 
 def pictures(n, seed=0):

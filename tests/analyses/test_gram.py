@@ -16,7 +16,7 @@ from lab.config.records import BUILT_IN
 from lab.config.registry import Analysis
 from lab.evaluation import metrics, predictions
 from lab.evaluation.losses import LOGISTIC
-from lab.networks import mlp as model
+from lab.networks import building, mlp
 from lab.splits import groups
 
 EMPTY_TWO = (8, 0, 0, 6)  # what train_correlation 1 gives
@@ -24,7 +24,7 @@ EMPTY_TWO = (8, 0, 0, 6)  # what train_correlation 1 gives
 
 def network(dtype=torch.float64, inputs=7, **keys):
     config = validate({"hidden_dim": 11, "num_hidden_layers": 2, **keys})
-    net = model.build(config, (inputs,)).to(dtype)
+    net = building.build(config, (inputs,)).to(dtype)
     with torch.no_grad():  # away from zero biases, and from f ≈ 0
         for parameter in net.parameters():
             parameter += 0.1 * torch.randn(
@@ -81,7 +81,7 @@ def assert_close(value, expected, tolerance=1e-12):
 VARIANTS = [
     # Two layers of exp overflow the naive loss of the twin.
     {"activation_function": name, "num_hidden_layers": 1 if name == "exp" else 2}
-    for name in model.ACTIVATIONS
+    for name in mlp.ACTIVATIONS
 ] + [
     {"initialization_method": "NTP"},
     {"loss_function": "mse"},
@@ -165,7 +165,7 @@ def test_outputs_are_those_of_an_evaluation_without_analyses():
 def picture_network(name, shape=(3, 32, 32), frozen=(), **keys):
     """A network for pictures in float64 that has been through a batch, in evaluation mode."""
     config = validate({"model_name": name, "latent_size": 9, **keys})
-    net = model.build(config, shape).double()
+    net = building.build(config, shape).double()
     for part in frozen:
         getattr(net.body[1], part).requires_grad_(False)
     with torch.no_grad():

@@ -19,9 +19,10 @@ from pydantic import ValidationError
 
 import main
 import plotting
-from lab.config import facts as config_facts
 from lab.config import loading, messages, schema, strict_yaml
 from lab.config.loading import load_config, validate
+from lab.config.records import BUILT_IN
+from lab.config.registry import Analysis
 from lab.config.schema import Config
 from lab.system.errors import ConfigError
 
@@ -308,7 +309,7 @@ def test_the_longest_configuration_reads_back():
     longest["wandb"] = {"project": "'\"\\\u200d" * 250, "entity": "\u200d" * 1000}
     longest["dfr_c_options"] = [math.nextafter(1e-300, 1)] * 1000
     longest["epochs"] = 1_000_000
-    for name in config_facts.ANALYSES:
+    for name in BUILT_IN.of(Analysis):
         longest[f"{name}_analysis_epochs"] = [1_000_000] * 1000
     for section in ("gap_dynamics_factors", "static_dynamic_decomposition"):
         longest[section] = {"group_pairs": [[[-1, -1], [-1, 1]]] * 12}
@@ -337,7 +338,7 @@ def alone(name, value):
     """What a key's value becomes when it is the only one that is given, and checked on its own."""
     section, dot, key = name.partition(".")
     document = {section: {key: value}} if dot else {name: value}
-    found = Config.model_validate(document)
+    found = schema.schema(BUILT_IN).model_validate(document)
     return getattr(getattr(found, section), key) if dot else getattr(found, name)
 
 

@@ -17,8 +17,9 @@ import data_loader
 import main
 import plotting
 from benchmarks import celeba_standin
-from lab.config import facts as config_facts
 from lab.config import loading
+from lab.config.records import BUILT_IN
+from lab.config.registry import Analysis
 from lab.data_sets.sources import celeba
 from lab.splits import groups
 from lab.splits.pictures import IMAGENET_MEAN, IMAGENET_STD
@@ -474,7 +475,7 @@ def test_networks_and_features_end_to_end(go, tmp_path):
         "feature_extractor_weights": "random", "features_cache_dir": str(tmp_path / "cache"),
         "num_train_samples": 24, "num_val_samples": 8, "num_test_samples": 8, "hidden_dim": 8,
     }  # fmt: skip
-    on = {f"analyze_{name}": True for name in config_facts.ANALYSES}
+    on = {f"analyze_{name}": True for name in BUILT_IN.of(Analysis)}
     code, folder = go("features", **features, **on)
     assert code == 0
     assert (folder / "analysis.csv").exists()

@@ -11,7 +11,6 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import data_loader
-from lab.config import facts as config_facts
 from lab.data_sets.sources import mnist
 from lab.splits import groups
 from lab.system.errors import ConfigError, DataError
@@ -247,7 +246,3 @@ def test_full_mnist_damaged(full_mnist, settings, damage):
     config = settings(mnist_source="full", data_dir=str(full_mnist), num_train_samples=100)
     with pytest.raises(DataError, match="damaged"):
         data_loader.load(config)
-
-
-def test_config_module_needs_no_registry():
-    assert set(config_facts.HAS_OFFICIAL_VALIDATION) == set(data_loader.DATASETS)

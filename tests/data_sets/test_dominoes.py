@@ -10,8 +10,9 @@ from test_cifar10 import write_folder
 
 import data_loader
 import main
-from lab.config import facts as config_facts
-from lab.config import loading
+from lab.config import loading, rules
+from lab.config.records import BUILT_IN
+from lab.config.registry import Analysis
 from lab.data_sets import dominoes
 from lab.data_sets.sources import cifar10, mnist
 from lab.features import extraction as feature_extractor
@@ -346,15 +347,15 @@ def test_combinations_that_are_refused(keys, expected):
 
 def test_the_configuration_knows_how_many_pictures_there_are():
     per_class = cifar10.PER_CLASS["train"]
-    assert {"binary": 2 * per_class, "ten": 10 * per_class} == config_facts.DOMINOES_PICTURES
-    assert config_facts.DOMINOES_PARTS == {"binary": 2 * 4, "ten": 2 * 10}
+    assert {"binary": 2 * per_class, "ten": 10 * per_class} == rules.DOMINOES_PICTURES
+    assert rules.DOMINOES_PARTS == {"binary": 2 * 4, "ten": 2 * 10}
 
 
 def test_all_analyses_to_switch_off_are_in_one_line():
     with pytest.raises(ConfigError) as error:
         loading.validate({"loss_function": "cross_entropy"})
     assert len(error.value.problems) == 1
-    assert all(f"analyze_{name}" in str(error.value) for name in config_facts.ANALYSES)
+    assert all(f"analyze_{name}" in str(error.value) for name in BUILT_IN.of(Analysis))
 
 
 def test_keys_without_effect():

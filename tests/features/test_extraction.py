@@ -21,8 +21,9 @@ import torchvision
 
 import data_loader
 import main
-from lab.config import facts as config_facts
-from lab.config import loading
+from lab.config import loading, records
+from lab.config.records import BUILT_IN
+from lab.config.registry import Backbone
 from lab.config.seeds import derive_seed
 from lab.features import backbones
 from lab.features import cache as feature_cache
@@ -234,7 +235,7 @@ def test_names_are_the_right_architectures():
         with torch.device("meta"):
             model = timm.create_model(architecture, img_size=224)
         assert model.embed_dim == dims[name.split("_")[2]]
-        assert len(model.blocks) == config_facts.VIT_BLOCKS[name]
+        assert len(model.blocks) == BUILT_IN.of(Backbone)[name].blocks
         assert model.patch_embed.patch_size == (14, 14) and model.patch_embed.num_patches == 256
         assert model.num_prefix_tokens == 1
         assert timm.get_pretrained_cfg(architecture).url.endswith(
@@ -246,9 +247,9 @@ def test_names_are_the_right_architectures():
             "ResNet18": torchvision.models.resnet18(),
             "ResNet50": torchvision.models.resnet50(),
         }
-    assert len(vit.encoder.layers) == config_facts.VIT_BLOCKS["ViT_B_16"]
+    assert len(vit.encoder.layers) == BUILT_IN.of(Backbone)["ViT_B_16"].blocks
     assert {*backbones.TORCHVISION, *backbones.DINOV2} == {
-        *config_facts.RESNETS, *config_facts.VIT_BLOCKS,
+        *BUILT_IN.of(Backbone),
     }  # fmt: skip
     for architecture, weights in backbones.TORCHVISION.values():
         assert weights.name == "IMAGENET1K_V1" and architecture in weights.url
@@ -258,7 +259,7 @@ def test_names_are_the_right_architectures():
     for resnet in resnets.values():
         with torch.device("meta"):
             picture = torch.empty(1, 3, 224, 224)
-            for layer, side in config_facts.RESNET_MAPS.items():
+            for layer, side in records.MAPS.items():
                 assert hooked(resnet, getattr(resnet, layer), picture).shape[-1] == side
 
 

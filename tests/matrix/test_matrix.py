@@ -26,7 +26,7 @@ from lab.features import extraction as feature_extractor
 from lab.matrix import figures as matrix_plots
 from lab.matrix import heads as batched_heads
 from lab.matrix import tables as spurious_matrix
-from lab.networks import mlp as model
+from lab.networks import building, picture_nets
 from lab.runs import run as tracking
 from lab.training import loop as trainer
 
@@ -162,7 +162,7 @@ def test_accuracies_are_those_of_a_run_with_this_shortcut(whole):
     for attribute in ("Chubby", "Male"):
         config = used.model_copy(update={"groupings": [f"Big_Lips:{attribute}"]})
         splits = data_loader.load(config)
-        network = model.build_for(config, splits)
+        network = building.build_for(config, splits)
         network.load_state_dict(torch.load(run / "model.pt", weights_only=True))
         f = predictions.outputs(network, splits.val, 1000)
         summary = metrics.summary(f, splits.val, LOGISTIC, splits.train.shares)
@@ -186,9 +186,11 @@ def test_tasks_trained_apart_and_collected(whole, tmp_path, capsys, monkeypatch,
             assert all(torch.equal(one[key], other[key]) for key in other)
         else:
             shutil.copytree(folder / "runs" / name, place)
-    samples, forward = [], model.PictureNet.forward
+    samples, forward = [], picture_nets.PictureNet.forward
     monkeypatch.setattr(
-        model.PictureNet, "forward", lambda self, x: samples.append(len(x)) or forward(self, x)
+        picture_nets.PictureNet,
+        "forward",
+        lambda self, x: samples.append(len(x)) or forward(self, x),
     )
     capsys.readouterr()
     given = ["--collect", str(tmp_path / "sweep"), "--k", "3", "--eps", "10"]
@@ -244,7 +246,7 @@ def test_an_interrupted_matrix_goes_on(few, tmp_path, monkeypatch, capsys, no_fi
     (whole,) = (tmp_path / "whole").iterdir()
     with monkeypatch.context() as patch:
         # A network's passes: 10 of one evaluation, 3 steps, 10 again; this is in the second.
-        interrupt(patch, model.PictureNet, 40)
+        interrupt(patch, picture_nets.PictureNet, 40)
         code = spurious_matrix.main([*given, f"results_dir={tmp_path / 'parts'}"])
     assert code == 128 + signal.SIGTERM
     (parts,) = (tmp_path / "parts").iterdir()
@@ -310,7 +312,7 @@ def test_batched_heads_are_those_trained_one_by_one(
         splits = data_loader.load(own)
         attributes = spurious_matrix._attributes(splits.val.inputs)
         splits = FakeExtractor(own).extract(splits)
-        network = model.build_for(own, splits)
+        network = building.build_for(own, splits)
         before = {key: value.clone() for key, value in network.state_dict().items()}
         shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
         trainer.train(network, splits, own, fake_run)

@@ -10,7 +10,7 @@ from lab import methods
 from lab.config.loading import validate
 from lab.evaluation import metrics, predictions
 from lab.evaluation.losses import LOGISTIC
-from lab.networks import mlp as model
+from lab.networks import building
 from lab.training import loop as trainer
 
 
@@ -57,8 +57,8 @@ def test_full_batch_step_against_one_gradient_per_group(batch_size):
     split, weights = splits.train, [0.1, 0.4, 0.2, 0.3]
     config = validate({"hidden_dim": 9, "learning_rate": 0.3})
     loss = LOGISTIC
-    net = model.build(config, (7,)).double()
-    twin = model.build(config, (7,)).double()
+    net = building.build(config, (7,)).double()
+    twin = building.build(config, (7,)).double()
     trainer.full_batch_step(
         net, trainer.build_optimizer(net, config), split, loss, weights, batch_size
     )
@@ -117,7 +117,7 @@ def test_importance_weighting_of_a_batch():
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
     splits = make_splits(train=(10, 5, 3, 12))
-    net = model.build(validate({"hidden_dim": 5}), (7,)).double()
+    net = building.build(validate({"hidden_dim": 5}), (7,)).double()
     losses = LOGISTIC.value(net(splits.train.inputs), splits.train.y)
     whole = method("IW_uniform").batch_loss(losses, splits.train.group)
     means = [losses[part].mean() for part in splits.train.slices]
@@ -151,7 +151,7 @@ def test_mini_batches_of_everything_are_the_full_batch(fake_run, settings, name)
             learning_rate=0.3, dro_eta_q=0.5,
         )  # fmt: skip
         splits = make_splits()
-        net = model.build(config, (7,)).double()
+        net = building.build(config, (7,)).double()
         optimizer = trainer.build_optimizer(net, config)
         loss, made = LOGISTIC, methods.build(config, splits)
         if batches == "full":
@@ -176,7 +176,7 @@ def test_schedule(fake_run, settings, monkeypatch):
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.SGD, "step", spy)
-    net = model.build(config, (7,)).double()
+    net = building.build(config, (7,)).double()
     trainer.train(net, make_splits(), config, fake_run)
     expected = [0.2 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
     assert [rate for (rate,) in rates[::3]] == pytest.approx(expected)

@@ -14,10 +14,11 @@ from test_resume import at_call, sent
 
 import main
 from lab import methods
-from lab.config import facts as config_facts
 from lab.config.loading import validate
+from lab.config.records import BUILT_IN
+from lab.config.registry import Analysis
 from lab.evaluation.losses import LOGISTIC
-from lab.networks import mlp as model
+from lab.networks import building
 from lab.splits import splits as splits_of
 from lab.system.errors import UserError
 from lab.training import identification
@@ -80,7 +81,7 @@ def test_expected_flow_of_the_samplers_by_hand():
     )
     # As the gradient of many drawn batches says, too.
     split, method = splits.train, build("RWY", splits)
-    net = model.build(validate({"hidden_dim": 4}), (7,)).double()
+    net = building.build(validate({"hidden_dim": 4}), (7,)).double()
     loss = LOGISTIC
     each = loss.value(net(split.inputs), split.y).detach()
     drawn = draws(method, 3000)
@@ -126,7 +127,7 @@ def test_a_subset_is_the_same_in_every_epoch_and_full_batches_are_of_it(fake_run
             "learning_rate": 0.1, "eval_batch_size": 4,
         }
     )  # fmt: skip
-    net, twin = (model.build(config, (7,)).double() for _ in range(2))
+    net, twin = (building.build(config, (7,)).double() for _ in range(2))
     trainer.train(net, splits, config, fake_run)
     part = build("SUBG", splits).source
     optimizer = trainer.build_optimizer(twin, config)
@@ -167,8 +168,8 @@ class Part(FakeRun):
 
 
 def double(monkeypatch):
-    build = model.build_for
-    monkeypatch.setattr(model, "build_for", lambda *given: build(*given).double())
+    build = building.build_for
+    monkeypatch.setattr(building, "build_for", lambda *given: build(*given).double())
 
 
 def test_the_error_set_is_what_erm_gets_wrong(tmp_path, monkeypatch, caplog):
@@ -178,7 +179,7 @@ def test_the_error_set_is_what_erm_gets_wrong(tmp_path, monkeypatch, caplog):
         found = identification.identify(splits, config, run, "cpu")
 
     # The twin: ERM written out, with the identification's own learning rate.
-    twin = model.build(config, (7,)).double()
+    twin = building.build(config, (7,)).double()
     erm = validate({"hidden_dim": 8, "learning_rate": 0.05, "train_batch_size": 8, "epochs": 2})
     optimizer = trainer.build_optimizer(twin, erm)
     for epoch in (1, 2):
@@ -328,7 +329,7 @@ def test_the_identification_network_has_its_own_settings():
     assert (stage.debias_method, stage.epochs) == ("None", 4)
     assert stage.early_stopping_patience is None  # it trains for jtt_epochs, no fewer
     assert (stage.learning_rate, stage.weight_decay) == (0.5, 0.2)
-    assert not any(getattr(stage, f"analyze_{name}") for name in config_facts.ANALYSES)
+    assert not any(getattr(stage, f"analyze_{name}") for name in BUILT_IN.of(Analysis))
     own = {"jtt_learning_rate": 0.1, "jtt_weight_decay": 0.0}
     stage = identification.stage_config(validate(given | own))
     assert (stage.learning_rate, stage.weight_decay) == (0.1, 0.0)

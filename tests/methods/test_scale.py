@@ -13,7 +13,7 @@ from lab.config.loading import validate
 from lab.evaluation.losses import LOGISTIC
 from lab.figures import analyses, tables
 from lab.methods import scale
-from lab.networks import mlp as model
+from lab.networks import building
 from lab.system.errors import DataError
 from lab.training import loop as trainer
 
@@ -30,7 +30,7 @@ def problem(shape=(3, 12, 12), name="ConvNet", size=4, **keys):
         "train_batch_size": BATCH, "learning_rate": 0.3, "momentum": 0.7, "weight_decay": 0.05,
     }  # fmt: skip
     config = validate(given | keys)
-    net = model.build(config, shape).double()
+    net = building.build(config, shape).double()
     method = methods.build(config, splits)
     optimizer = trainer.build_optimizer(net, config, method.prepare(net))
     method.cosine_sums = method.cosine_sums.double()
@@ -213,13 +213,13 @@ def test_erm_target_is_erm_on_the_target_set(fake_run, settings, batch_size):
         "train_batch_size": batch_size, "learning_rate": 0.3,
     }  # fmt: skip
     config = settings(**keys, debias_method="ERM_target")
-    net = model.build(config, (7,)).double()
+    net = building.build(config, (7,)).double()
     trainer.train(net, splits, config, fake_run)
     assert all(math.isnan(row["flow_weight_0"]) for row in fake_run.rows)
     measured = fake_run.values("gap_dynamics_factors", "measured", "train")
     assert all(map(math.isnan, measured.values()))
 
-    twin = model.build(config, (7,)).double()
+    twin = building.build(config, (7,)).double()
     optimizer = trainer.build_optimizer(twin, config)
     loss, target = LOGISTIC, splits.target
     for epoch in range(1, 4):
@@ -241,7 +241,7 @@ def test_mean_cosines_are_rows_of_the_analysis_table(fake_run, settings):
         dataset_name="Dominoes", dominoes_classes="binary", debias_method="SCALE", epochs=2,
         model_name="ConvNet", latent_size=4, train_batch_size=8, learning_rate=0.01,
     )  # fmt: skip
-    net = model.build(config, (3, 8, 8))
+    net = building.build(config, (3, 8, 8))
     trainer.train(net, splits, config, fake_run)
     rows = [row for row in fake_run.analyses if row["analysis"] == "SCALE"]
     assert {row["epoch"] for row in rows} == {1, 2}

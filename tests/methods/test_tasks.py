@@ -26,7 +26,7 @@ from lab.evaluation import metrics, predictions, shortcuts
 from lab.evaluation.losses import LOGISTIC
 from lab.figures import tables
 from lab.methods import entropy
-from lab.networks import mlp as model
+from lab.networks import building
 from lab.splits import groups
 from lab.splits.splits import Split, Splits, Task
 from lab.system.errors import ConfigError, DataError, UserError
@@ -108,7 +108,7 @@ def test_the_minority_of_every_task_tells_the_best_epoch(fake_run):
     splits.tasks[1] = dataclasses.replace(splits.tasks[1], minority=(False,) * 4)
     assert not trainer.has_minority(splits)
     config = loading.validate({"best_epoch_by": "minority_acc", "hidden_dim": 4})
-    network = model.build(config, (5,), 2).double()
+    network = building.build(config, (5,), 2).double()
     with pytest.raises(DataError, match="best_epoch_by: given minority_acc, but the validation"):
         trainer.train(network, splits, config, fake_run)
 
@@ -116,7 +116,7 @@ def test_the_minority_of_every_task_tells_the_best_epoch(fake_run):
 def test_loss_balanced_weights_carry_no_gradient():
     splits = two_tasks()
     method = build(splits, loss_balanced_task_weighting=True)
-    net = model.build(loading.validate({"hidden_dim": 4}), (5,), 2).double()
+    net = building.build(loading.validate({"hidden_dim": 4}), (5,), 2).double()
     loss = LOGISTIC
     x, y, group = splits.train.inputs, splits.train.y, splits.train.group
     method.backward(net, loss, x[:20], y[:20], group[:20])
@@ -364,7 +364,7 @@ def test_one_task_among_several_is_the_single_task_bit_for_bit(tmp_path):
     )
     found = []
     for splits in (single, several):
-        net = model.build(config, (7,)).double()
+        net = building.build(config, (7,)).double()
         method = methods.build(config, splits)
         optimizer = trainer.build_optimizer(net, config)
         loss = LOGISTIC

@@ -9,14 +9,15 @@ from conftest import make_split
 
 from lab.config.loading import validate
 from lab.evaluation.losses import LOGISTIC
-from lab.networks import mlp as model
+from lab.networks import building
+from lab.system import devices
 from lab.system.errors import ConfigError
 from lab.training import loop as trainer
 
 
 def build(inputs=12, dtype=torch.float64, **keys):
     config = validate({"hidden_dim": 16, "num_hidden_layers": 3, **keys})
-    return model.build(config, (inputs,)).to(dtype), config
+    return building.build(config, (inputs,)).to(dtype), config
 
 
 @pytest.mark.parametrize("skip", [False, True])
@@ -67,11 +68,11 @@ def test_initial_deviations_and_learning_rates(kind):
         assert layer.weight.std().item() == pytest.approx(1 / root, rel=0.02)
         assert layer.bias.std().item() == pytest.approx(1 / root, rel=0.15)
     assert net.layers[-1].weight.std().item() == pytest.approx(1 / root, rel=0.15)
-    rates = [group["lr"] for group in model.parameter_groups(net, config)]
+    rates = [group["lr"] for group in building.parameter_groups(net, config)]
     factors = [1 / m**0.5, 1 / m**0.5, 1 / m, 1 / m**0.5, 1 / m, 1 / m**0.5, 1 / m**0.5, 1]
     assert rates == pytest.approx([0.5 * (f if kind == "muP" else 1) for f in factors])
     sgd = config.model_copy(update={"optimizer": "SGD"})
-    assert {group["lr"] for group in model.parameter_groups(net, sgd)} == {0.5}
+    assert {group["lr"] for group in building.parameter_groups(net, sgd)} == {0.5}
 
 
 def test_weight_decay_is_decoupled_and_scales_with_each_layers_rate():
@@ -91,7 +92,7 @@ def test_weight_decay_is_decoupled_and_scales_with_each_layers_rate():
 def test_zero_biases_and_a_fixed_final_layer():
     net, config = build(use_bias=True, fix_final_layer=True)
     assert all((layer.bias == 0).all() for layer in net.layers)
-    trained = {id(p) for group in model.parameter_groups(net, config) for p in group["params"]}
+    trained = {id(p) for group in building.parameter_groups(net, config) for p in group["params"]}
     last = net.layers[-1]
     assert id(last.weight) not in trained
     assert id(last.bias) not in trained
@@ -106,10 +107,10 @@ def test_same_seed_same_network_and_width_does_not_shift_other_layers():
 
 
 def test_a_device_that_is_not_there_is_a_configuration_error():
-    assert model.choose_device("cpu") == "cpu"
+    assert devices.choose_device("cpu") == "cpu"
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"device: given cuda.*allowed: auto, cpu"):
-            model.choose_device("cuda")
+            devices.choose_device("cuda")
 
 
 WIDTHS = [64, 256, 1024, 4096]
@@ -123,7 +124,7 @@ def feature_changes(width, steps=3, **keys):
         config = validate(
             {"hidden_dim": width, "num_hidden_layers": 2, "seed": seed, "weight_decay": 0.0} | keys
         )
-        net = model.build(config, (20,))
+        net = building.build(config, (20,))
 
         def outputs(net=net):
             with torch.no_grad():

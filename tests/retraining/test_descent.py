@@ -13,7 +13,7 @@ import main
 from lab.config import loading
 from lab.evaluation import metrics
 from lab.figures import drawing
-from lab.networks import mlp as model
+from lab.networks import building
 from lab.retraining import descent as last_layer
 from lab.retraining import head as dfr
 from lab.splits.splits import Splits
@@ -47,13 +47,13 @@ def problem(settings, **keys):
         splits = make_splits(train=(20, 5, 5, 20), shape=(3, 8, 8))
         splits.dfr = make_split((20, 8, 9, 24), shape=(3, 8, 8), seed=9)
         splits = in_float64(splits)
-    return model.build_for(config, splits).double(), splits, config
+    return building.build_for(config, splits).double(), splits, config
 
 
 def trained_whole(net, splits, config):
     """The twin: the body frozen and in evaluation mode, the new last layer trained end to end."""
     net = copy.deepcopy(net).eval().requires_grad_(False)
-    net.classifier = model.fresh_classifier(net, config, "dfr", "sgd", "classifier")
+    net.classifier = building.fresh_classifier(net, config, "dfr", "sgd", "classifier")
     mean, scale = 0.0, 1.0
     if config.dfr_standardize:
         h = net.hidden(splits.train.inputs)
@@ -142,7 +142,7 @@ def test_gradient_descent_finds_the_least_squares_solution(settings):
     h = np.random.default_rng(0).normal(size=(61, 6))
     features = make_split((20, 8, 9, 24))
     features.inputs = torch.from_numpy(h)
-    layer = model.fresh_classifier(net, config, "anything")
+    layer = building.fresh_classifier(net, config, "anything")
     # What is held out is what is trained on, so that the last epochs are the best.
     members = [np.arange(part.start, part.stop) for part in features.slices]
     history = last_layer.train(layer, features, lambda _: np.arange(61), members, config)
@@ -200,7 +200,7 @@ def test_a_new_layer_depends_on_seed_and_purpose_only(settings):
         net, _, config = problem(settings, **keys)
         state = torch.get_rng_state()
         one, same, other = (
-            model.fresh_classifier(net, config, purpose) for purpose in ("a", "a", "b")
+            building.fresh_classifier(net, config, purpose) for purpose in ("a", "a", "b")
         )
         assert torch.equal(state, torch.get_rng_state())
         assert torch.equal(one.weight, same.weight) and one.weight.dtype == torch.float64

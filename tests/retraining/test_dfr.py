@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 
 from lab.evaluation import metrics, predictions
 from lab.evaluation.losses import LOGISTIC
-from lab.networks import mlp as model
+from lab.networks import building
 from lab.retraining import head as dfr
 from lab.splits.splits import Splits
 from lab.system.errors import DataError
@@ -23,7 +23,7 @@ def problem(settings, dfr_counts=(20, 8, 9, 24), **keys):
     splits = make_splits(train=(40, 10, 10, 40), test=(20, 20, 20, 20))
     splits.dfr = make_split(dfr_counts, seed=9)
     splits = in_float64(splits)
-    net = model.build(config, (7,)).double()
+    net = building.build(config, (7,)).double()
     return net, splits, config
 
 

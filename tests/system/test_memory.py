@@ -3,7 +3,7 @@
 import pytest
 
 from lab.config.loading import validate
-from lab.networks import mlp as model
+from lab.networks import building
 from lab.system import memory
 from lab.system.errors import ConfigError
 
@@ -35,9 +35,9 @@ def test_the_first_layer_counts_when_the_inputs_are_known(machine, keys):
     copies = 4 if "optimizer" in keys else 3 if "momentum" in keys else 2
     machine((4 * parameters * copies - 1) / 1e9)
     with pytest.raises(ConfigError, match="hidden_dim, num_hidden_layers: given 1000, 1, which"):
-        model.build(config, (50_000,))
+        building.build(config, (50_000,))
     machine((4 * parameters * copies + 1) / 1e9)
-    model.build(config, (50_000,))
+    building.build(config, (50_000,))
 
 
 def test_a_machine_that_does_not_tell_refuses_nothing(monkeypatch):

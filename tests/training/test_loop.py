@@ -11,7 +11,7 @@ from conftest import make_splits
 from lab.analyses import gram as analysis
 from lab.evaluation import metrics, predictions
 from lab.evaluation.losses import LOGISTIC
-from lab.networks import mlp as model
+from lab.networks import building
 from lab.training import checkpoints
 from lab.training import loop as trainer
 
@@ -21,7 +21,7 @@ PAIRS = ("G(-1,+1)_vs_G(-1,-1)", "G(+1,-1)_vs_G(+1,+1)")
 def run(fake_run, settings, splits=None, dtype=torch.float64, **keys):
     config = settings(**({"train_batch_size": None, "learning_rate": 1e-5, "epochs": 3} | keys))
     splits = make_splits() if splits is None else splits
-    net = model.build(config, splits.train.inputs.shape[1:]).to(dtype)
+    net = building.build(config, splits.train.inputs.shape[1:]).to(dtype)
     shutil.rmtree(fake_run.folder / "checkpoints", ignore_errors=True)  # a run from the start
     trainer.train(net, splits, config, fake_run)
     return net
