@@ -15,7 +15,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 
 from lab.config import document, loading, records
-from lab.config.registry import Catalogue, imported
+from lab.config.registry import Catalogue, Figure, imported
 from lab.config.schema import Config
 from lab.system.command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, tell
 
@@ -65,7 +65,9 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
                 import plotting  # with matplotlib, slow to import
 
                 with results.timed("plots"):
-                    results.images(plotting.draw(folder))
+                    further = config.catalogue.of(Figure).values()
+                    further = [figure for figure in further if figure.plugin]
+                    results.images(plotting.draw(folder, further=further))
             if diverged:
                 tell(f"Results: {folder}", stream="stdout")
                 raise diverged

@@ -31,9 +31,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from lab.config import loading, plugins
+from lab.config.registry import Figure
 from lab.figures.drawing import FORMATS, draw
 from lab.system.command import Parser, exit_code, tell
-from lab.system.errors import UserError
+from lab.system.errors import ConfigError, UserError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,11 +48,23 @@ def main(argv: list[str] | None = None) -> int:
                 from lab.analyses.gradcam import explain  # with torch and the networks
 
                 explain(Path(given.folder))
-            tell(*map(str, draw(given.folder, given.format)), stream="stdout")
+            paths = draw(given.folder, given.format, _further(given))
+            tell(*map(str, paths), stream="stdout")
         except OSError as error:  # such as a file in the place of the folder for plots
             raise UserError(str(error)) from error
 
     return exit_code(command)
+
+
+def _further(given) -> list[Figure]:
+    """The figures of the plugins that the command line names: `plugins=[…]`."""
+    settings: dict = {}
+    problems = loading.apply_overrides(settings, given.overrides)
+    problems += [f"{name}: allowed here: plugins=[…]" for name in settings if name != "plugins"]
+    if problems:
+        raise ConfigError(*problems)
+    plugins.resolve(settings, Path.cwd())
+    return [r for r in plugins.imported(plugins.named(settings)) if isinstance(r, Figure)]
 
 
 def _parser() -> Parser:
@@ -60,6 +74,9 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", help="results/<run>")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="plugins=[FILE, …]", help="plugins with further figures"
+    )
     parser.add_argument("--format", choices=FORMATS, help="default: the run's plot_format")
     parser.add_argument(
         "--gradcam",

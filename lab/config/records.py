@@ -396,8 +396,14 @@ FIGURES = [
     _figure("gaps", "loss and accuracy gaps of the configured pairs", "history", "history", True),
     _figure("misclassification", "error rates and shares of errors", "history", "history", True),
     *(
-        _figure(analysis.name, analysis.meaning, "analyses", f"analysis:{analysis.name}")
-        for analysis in ANALYSES
+        _figure(name, meaning, "analyses", f"analysis:{name}")
+        for name, meaning in (
+            ("gradient_basis", "norms of the basis gradients, cosines between them"),
+            ("gap_dynamics_factors", "the gap's time derivative, split by what causes it"),
+            ("static_dynamic_decomposition", "the same, split into static and dynamic parts"),
+            ("jacobian_norm", "mean Jacobians of the groups"),
+            ("model_output_expectation", "mean and deviation of the output in every group"),
+        )
     ),
     _figure("scale", "SCALE: cosines of train and target gradients", "analyses", "analysis:SCALE"),
     _figure("dfr", "accuracies before and after DFR, and its tuning", "retraining"),

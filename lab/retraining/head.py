@@ -519,9 +519,11 @@ def _run_config(folder: Path, overrides) -> Config:
     if not used.is_file():
         raise ConfigError(f"--run: given {folder}, but there is no {used}")
     wrong = [
-        given for given in overrides
-        if not given.startswith("dfr_") or given.partition("=")[0].partition(".")[0] in SPLITTING
-    ]  # fmt: skip
+        given
+        for given in overrides
+        if not given.startswith(("dfr_", "plugins="))
+        or given.partition("=")[0].partition(".")[0] in SPLITTING
+    ]
     if wrong:
         raise ConfigError(
             *(f"{given}: allowed: keys of DFR, but not {', '.join(SPLITTING)}" for given in wrong)

@@ -32,7 +32,7 @@ from typing import NamedTuple
 import filelock
 import numpy as np
 
-from lab.config import comparing, loading, strict_yaml
+from lab.config import comparing, loading, plugins, strict_yaml
 from lab.config.schema import Config
 from lab.system import files
 from lab.system.command import Stopped
@@ -240,7 +240,7 @@ class Run(Tables):
                 counts = [row["count"] for row in count_rows if row["split"] == split]
                 there = (sum(count > 0 for count in counts), len(counts))
                 log.info("%-*s %6d in %d of %d groups", width, split, sum(counts), *there)
-        if self.config.show_and_save_samples:
+        if self.config.show_and_save_samples and samples:  # vectors cannot be looked at
             files.save(self.folder / "samples.npz", lambda file: np.savez(file, **samples))
             names = {row["group"]: row["name"] for row in count_rows}
             pictures, members = samples["pictures"], samples["group"]
@@ -439,8 +439,9 @@ def load_to_resume(folder: Path, config_file: str | None, overrides) -> Resumpti
     if not used.is_file():
         raise ConfigError(f"--resume: given {folder}, but there is no {used}")
     seen = _state(folder)
-    old = loading.load_config(used)
-    new = loading.load_config(config_file or used, overrides)
+    # Whoever resumes a run runs its plugins again.
+    old = loading.load_config(used, trust_plugins=True)
+    new = loading.load_config(config_file or used, overrides, trust_plugins=True)
     problems = comparing.changes_results(old, new)
     if problems:
         raise ConfigError(*problems)
@@ -505,6 +506,10 @@ def _differences(before: dict, now: dict):
     for name in ("git_commit", "device", "device_name", "threads"):
         if before[name] != now[name]:
             yield name, before[name], now[name]
+    hashes = {plugin["file"]: plugin["sha256"] for plugin in before.get("plugins", [])}
+    for plugin in now.get("plugins", []):
+        if (was := hashes.get(plugin["file"])) != plugin["sha256"]:
+            yield f"plugin {plugin['file']}", was and was[:12], plugin["sha256"][:12]
     for package in ("torch", "numpy", "scikit-learn"):
         if before["versions"][package] != now["versions"][package]:
             yield package, before["versions"][package], now["versions"][package]
@@ -561,6 +566,7 @@ def environment(config: Config, device: str, command: list[str]) -> dict:
         "device_name": torch.cuda.get_device_name() if cuda else platform.machine(),
         "threads": torch.get_num_threads(),
         "seed": config.seed,
+        "plugins": plugins.facts(config.plugins, config.catalogue.records),
         "command": command,
     }
 

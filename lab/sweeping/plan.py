@@ -35,6 +35,7 @@ OWN = {
     "seed": "seeds in the sweep file",
     "results_dir": "results_dir=… on the command line, for the folder of all sweeps",
     "wandb.group": "none, it is the sweep's name",
+    "plugins": "plugins in the base configuration, or plugins=[…] on the command line",
 }
 # Keys of the section `slurm`: (type, what is allowed, submitit's name for it).
 SLURM = {
@@ -66,6 +67,7 @@ class Plan:
     settings: list[dict]
     seeds: list[int]
     results_dir: str
+    plugins: list[str] = field(default_factory=list)
     slurm: dict = field(default_factory=dict)
     optuna: dict | None = None
 
@@ -118,7 +120,7 @@ def read(path, overrides=()) -> Plan:
     if problems:
         raise ConfigError(*problems)
     base, overrides = Path(document["config"]), list(overrides)
-    results_dir = _check_jobs(path.stem, base, overrides, settings, seeds)
+    results_dir, plugins = _check_jobs(path.stem, base, overrides, settings, seeds)
     return Plan(
         name=path.stem,
         text=path.read_text(encoding="utf-8"),
@@ -128,6 +130,7 @@ def read(path, overrides=()) -> Plan:
         settings=settings,
         seeds=seeds,
         results_dir=results_dir,
+        plugins=plugins,
         slurm=slurm,
         optuna=optuna,
     )
@@ -351,28 +354,32 @@ def override_texts(overrides: dict) -> list[str]:
     return [f"{name}={override_text(value)}" for name, value in overrides.items()]
 
 
-def _check_jobs(name: str, base: Path, overrides, settings: list[dict], seeds: list[int]) -> str:
-    """Validates every job's configuration; returns the folder of results.
+def _check_jobs(
+    name: str, base: Path, overrides, settings: list[dict], seeds: list[int]
+) -> tuple[str, list[str]]:
+    """Validates every job's configuration; returns the folder of results and the plugins.
 
     Raises `ConfigError`; a problem of many settings is told once, with the first of them.
     """
-    document = strict_yaml.read(base)
+    document, wrong_overrides = loading.read(base, overrides)
     given = [override.partition("=")[0].strip() for override in overrides]
     swept = list(dict.fromkeys(name for setting in settings for name in setting))
     problems = [
         f"{key}: the sweep sets it; allowed: {OWN[key]}"
         for key in given
-        if key in OWN and key != "results_dir"
+        if key in OWN and key not in ("results_dir", "plugins")
     ]
     for key in given:
         for other in swept:
             if f"{key}.".startswith(f"{other}.") or f"{other}.".startswith(f"{key}."):
                 problems.append(f"{key}: given on the command line, but the sweep sets {other}")
-    problems += loading.apply_overrides(document, overrides)
+    problems += wrong_overrides
     if problems:
         raise ConfigError(*problems)
+    records = loading.catalogue(document, base, overrides, trust_plugins=True)
     if not settings:
-        return loading.validate(document).results_dir
+        config = loading.validate(document, catalogue=records)
+        return config.results_dir, config.plugins
     keys, found = varying(settings), {}
     for number, setting in enumerate(settings):
         for seed in seeds:
@@ -380,7 +387,7 @@ def _check_jobs(name: str, base: Path, overrides, settings: list[dict], seeds: l
             whole = setting | {"seed": seed, "wandb.group": name}
             wrong = loading.apply_overrides(job, override_texts(whole))
             try:
-                results_dir = loading.validate(job, wrong).results_dir
+                config = loading.validate(job, wrong, records)
             except ConfigError as error:
                 for problem in error.problems:
                     found.setdefault(problem, {})[number] = None
@@ -395,7 +402,7 @@ def _check_jobs(name: str, base: Path, overrides, settings: list[dict], seeds: l
         untold = problems[messages.PROBLEMS :]
         rest = [f"… and {len(untold)} more"] if untold else []
         raise ConfigError(*problems[: messages.PROBLEMS], *rest)
-    return results_dir
+    return config.results_dir, config.plugins
 
 
 def create(plan: Plan, command: list[str], cluster: dict) -> Path:
@@ -410,6 +417,7 @@ def create(plan: Plan, command: list[str], cluster: dict) -> Path:
         "command": command,
         "config": str(plan.base),
         "base_overrides": plan.overrides,
+        "plugins": plan.plugins,
         "keys": plan.keys,
         "seeds": plan.seeds,
         "settings": [
@@ -470,10 +478,12 @@ def arguments(base: Path, manifest: dict, job: dict, folder: Path) -> list[str]:
     base: the file of the base configuration.
     """
     own = {"results_dir": str(folder / job["folder"]), "wandb.group": folder.name}
+    if manifest.get("plugins"):  # absolute: the copy of the base is in another folder
+        own["plugins"] = manifest["plugins"]
     overrides = [
         override
         for override in manifest["base_overrides"]
-        if override.partition("=")[0].strip() != "results_dir"
+        if override.partition("=")[0].strip() not in ("results_dir", "plugins")
     ]
     return ["--config", str(base), *overrides, *override_texts(job["overrides"] | own)]
 

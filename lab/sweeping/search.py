@@ -169,7 +169,8 @@ def _problems_of_corners(space: dict, base, overrides, seeds) -> list[str]:
     problems = []
     for corner in corners:
         try:
-            config = loading.load_config(base, [*overrides, *plan.override_texts(corner)])
+            settings = [*overrides, *plan.override_texts(corner)]
+            config = loading.load_config(base, settings, trust_plugins=True)
         except ConfigError as error:
             problems += error.problems
         else:

@@ -384,6 +384,8 @@ def test_types(path, name):
         texts = ["1.5", "''", "[]", "x", "true"]
         for choice in get_args(kind):
             assert alone(name, choice) == choice
+    elif name == "analyses":  # a word or a list of words
+        texts = ["1", "''", "true", "{a: 1}", "[1]", "['a b']", "x"]
     else:
         texts = wrong[get_origin(kind) or kind]
     if field.default is None:
@@ -401,7 +403,7 @@ def test_lists_have_an_end(path):
         most = [c.max_length for c in metadata(field) if getattr(c, "max_length", None)]
         if get_origin(plain(field.annotation)) is list:
             value = [[-1, -1], [1, 1]] if name.endswith("pairs") else 1
-            value = "A:B" if name == "groupings" else value
+            value = {"groupings": "A:B", "plugins": "/nowhere.py"}.get(name, value)
             assert alone(name, [value] * most[0]) == [value] * most[0]
             with pytest.raises(ValidationError):
                 alone(name, [value] * (most[0] + 1))

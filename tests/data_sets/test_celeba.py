@@ -304,8 +304,8 @@ def test_keys_of_other_data_sets_have_no_effect(faces):
     given = {"mnist_source": "full", "train_correlation": 0.5, "num_val_samples": 0}
     config = loading.validate(keys(faces[0], best_epoch_by="avg_acc") | given)
     assert [line for line in config.ignored if "dfr" not in line] == [
-        "mnist_source (only for data sets of digits)",
-        "train_correlation (the data set comes with its groups)",
+        "mnist_source (only for ColoredMNIST, Dominoes, SpuriousMNIST)",
+        "train_correlation (only for ColoredMNIST, Dominoes)",
         "best_epoch_by (without validation data)",
     ]
 
@@ -330,15 +330,21 @@ def test_misspelt_attributes_are_named_with_the_nearest(faces, capsys, tmp_path)
     [
         ({"groupings": ["Male"]}, "groupings: given "),
         ({"groupings": []}, "groupings: given "),
-        ({"groupings": ["Male:Male"]}, "in which an attribute is there twice"),
+        ({"groupings": ["Male:Male"]}, "in which an attribute occurs twice"),
         ({"groupings": ["A:B", "A:C"]}, "two tasks with the same label"),
-        ({"groupings": ["A:B,C"]}, "allowed with more than one shortcut attribute: false"),
+        (
+            {"groupings": ["A:B,C"], "analyze_jacobian_norm": True},
+            "allowed with more than one shortcut attribute: false",
+        ),
         ({"debias_method": "SCALE", "celeba_splits": "official"}, "official has none"),
         ({"debias_method": "SCALE", "val_target_size": 0}, "val_target_size is 0"),
         ({"celeba_splits": "drawn", "val_target_size": 12}, "multiples of 8 from 0"),
         ({"celeba_splits": "drawn", "spurious_strength": 0}, "spurious_strength: given 0"),
         ({"celeba_splits": "drawn", "groupings": ["A:B,C"]}, "one task with one shortcut"),
-        ({"dfr_val_split_strategy": "target"}, "has no target set with celeba_splits: official"),
+        (
+            {"dfr_val_split_strategy": "target"},
+            "CelebA with celeba_splits: official has no target set",
+        ),
         ({"use_feature_extractor": True}, "target_resolution: given 16"),
     ],
     ids=str,

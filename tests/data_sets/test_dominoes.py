@@ -297,7 +297,7 @@ def test_features_of_composed_pictures(load, settings, tmp_path):
     [
         (
             {"dominoes_classes": "ten"},
-            "loss_function: given logistic, but dominoes_classes: ten has ten classes; allowed: "
+            "loss_function: given logistic, but the labels of Dominoes are classes here; allowed: "
             "cross_entropy",
         ),
         (
@@ -352,25 +352,34 @@ def test_the_configuration_knows_how_many_pictures_there_are():
 
 
 def test_all_analyses_to_switch_off_are_in_one_line():
+    switches = {f"analyze_{name}": True for name in BUILT_IN.of(Analysis)}
     with pytest.raises(ConfigError) as error:
-        loading.validate({"loss_function": "cross_entropy"})
+        loading.validate({"loss_function": "cross_entropy"} | switches)
     assert len(error.value.problems) == 1
-    assert all(f"analyze_{name}" in str(error.value) for name in BUILT_IN.of(Analysis))
+    assert all(name in str(error.value) for name in switches)
+
+
+def test_standard_analyses_that_do_not_apply_are_named_in_the_log():
+    for analyses in ("standard", "all"):
+        config = loading.validate({"loss_function": "cross_entropy", "analyses": analyses})
+        (note,) = config.notes
+        assert note.startswith("Analyses that do not apply with loss_function cross_entropy: ")
+        assert not any(getattr(config, f"analyze_{name}") for name in BUILT_IN.of(Analysis))
+    with pytest.raises(ConfigError, match=r"analyses: \[jacobian_norm\]: given true, but"):
+        loading.validate({"loss_function": "cross_entropy", "analyses": ["jacobian_norm"]})
+    assert not loading.validate({"loss_function": "cross_entropy", "analyses": "none"}).notes
 
 
 def test_keys_without_effect():
     dominoes_keys = {"val_target_size": 80, "spurious_strength": 0.5, "data_augmentation": True}
     assert loading.validate(dominoes_keys).ignored == (
-        "val_target_size (only for Dominoes and CelebA's drawn splits)",
-        "spurious_strength "
-        "(only for Dominoes with dominoes_classes: ten and CelebA's drawn splits)",
-        "data_augmentation (only for Dominoes and CelebA without a feature extractor)",
+        "val_target_size, spurious_strength, data_augmentation (only for Dominoes, CelebA)",
     )
     ten = {"dataset_name": "Dominoes", **TEN, "num_val_samples": 5, "train_correlation": 1}
     # Moments that contradict each other do not matter where they have no effect.
     assert loading.validate(ten | {"train_label_marginal": 0.5}).ignored == (
-        "num_val_samples (Dominoes takes it from val_target_size)",
-        "train_correlation, train_label_marginal (ten classes are paired by spurious_strength)",
+        "num_val_samples (only for ColoredMNIST, WaterBirds, CelebA, SpuriousMNIST)",
+        "train_correlation, train_label_marginal (not with dominoes_classes: ten)",
     )
     both = {"dataset_name": "Dominoes", "train_correlation": 1, "mnist_source": "full"}
     assert loading.validate(both).ignored == ()

@@ -392,7 +392,8 @@ def test_labels_may_be_numbers_or_text_and_overridden_one_by_one(tmp_path):
         ({"labels": [3]}, "labels: given [3]; allowed: a list of 2 to 10 different digits"),
         (
             {"loss_function": "logistic"},
-            "loss_function: given logistic, but SpuriousMNIST has classes; allowed: cross_entropy",
+            "loss_function: given logistic, but the labels of SpuriousMNIST are classes here; "
+            "allowed: cross_entropy",
         ),
         (
             {"dfr_val_split_strategy": "target"},
@@ -426,8 +427,8 @@ def test_keys_without_effect():
     given = NO_ANALYSES | {"dataset_name": "SpuriousMNIST", "loss_function": "cross_entropy"}
     given |= {"dfr_reuse_train": True, "dfr_val_ratio": 0.0, "use_grayscale": True}
     assert validate(given | {"train_correlation": 0.5}).ignored == (
-        "use_grayscale (digits are grey)",
-        "train_correlation (SpuriousMNIST has the groups of spurious_features)",
+        "use_grayscale (only for ColoredMNIST, WaterBirds, Dominoes, CelebA)",
+        "train_correlation (only for ColoredMNIST, Dominoes)",
         "dfr_val_ratio (with dfr_reuse_train nothing is set aside)",
     )
 

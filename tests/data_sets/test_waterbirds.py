@@ -651,8 +651,7 @@ def test_configuration(good):
         {"remove_minority_groups_train": True, "on_bad_image": "skip", "train_correlation": 0.5}
     )
     assert colored.ignored == (
-        "on_bad_image (only for WaterBirds and CelebA)",
-        "remove_minority_groups_train (only for the official splits of WaterBirds and CelebA)",
+        "on_bad_image, remove_minority_groups_train (only for WaterBirds, CelebA)",
     )
     with pytest.raises(ConfigError, match=r"on_bad_image: given 'ignore'.*allowed: error, skip"):
         loading.validate({"on_bad_image": "ignore"})

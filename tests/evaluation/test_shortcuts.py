@@ -149,7 +149,10 @@ def test_clusters_of_vectors():
 
 
 def test_neither_torch_nor_sklearn_is_imported():
-    code = "import sys, shortcuts; print({'torch', 'sklearn'} & set(sys.modules))"
+    code = (
+        "import sys; from lab.evaluation import shortcuts; "
+        "print({'torch', 'sklearn'} & set(sys.modules))"
+    )
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.stdout.strip() == "set()", done.stderr
