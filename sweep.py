@@ -85,7 +85,7 @@ def _cluster(name: str) -> str:
 def _print_commands(sweep: plan.Plan) -> None:
     """The command of every job; nothing is written."""
     folder = Path(sweep.results_dir) / "sweeps" / f"{sweep.name}_<time>"
-    manifest = {"base_overrides": sweep.overrides}
+    manifest = {"base_overrides": sweep.overrides, "plugins": sweep.plugins}
     for job in sweep.jobs():
         tell(plan.shown(plan.arguments(sweep.base, manifest, job, folder)), stream="stdout")
 

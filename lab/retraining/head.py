@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from sklearn.preprocessing import StandardScaler
 
-from lab.config import checks as config_checks
+from lab.config import effects
 from lab.config.schema import Config
 from lab.config.seeds import derive_seed
 from lab.evaluation import metrics, predictions
@@ -469,7 +469,7 @@ def retrain_run(folder: Path, overrides=()) -> Path:
     from lab.runs import run as tracking
 
     config = _run_config(folder, overrides)
-    idle = config_checks.without_effect(config, _names(overrides))
+    idle = effects.without_effect(config, _names(overrides))
     if idle:
         log.info("Given, but without effect here: %s", "; ".join(idle))
     network, splits = load_network(folder, config)
