@@ -35,6 +35,7 @@ from lab.config.schema import Config
 from lab.features import backbones
 from lab.features import cache as feature_cache
 from lab.features.backbones import SIDE
+from lab.networks import weights as weight_files
 from lab.splits.splits import Splits
 from lab.system import distributed, files
 from lab.system.command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code
@@ -320,7 +321,7 @@ def _weights_id(folder: Path, path: Path | None, spec: backbones.Spec, seed: int
         known = _known_hashes(kept)
         if known.get(str(path), [])[:3] == fingerprint:
             return known[str(path)][3]
-        digest = backbones.file_hash(path)
+        digest = weight_files.file_hash(path)
     except OSError as error:
         raise DataError(
             f"feature_extractor_weights: {path} cannot be read, {error.strerror}"

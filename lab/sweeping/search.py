@@ -45,7 +45,7 @@ from lab.system.errors import ConfigError
 
 JOURNAL = "optuna_journal.log"
 STUDY = "sweep"
-WORKER = [sys.executable, "-m", "sweeping.search"]
+WORKER = [sys.executable, "-m", "lab.sweeping.search"]
 POLL = 1.0  # seconds between looks at what a child has recorded
 DEFAULTS = {"sampler": "TPESampler", "pruner": "MedianPruner"}
 KEYS = ("trials", "search_space", "sampler", "sampler_options", "pruner", "pruner_options")

@@ -112,6 +112,7 @@ class LeftHalf(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.gradcam_layer = "4"
         self.body = nn.Sequential(*[nn.Identity()] * 4, nn.AvgPool2d(2))
         self.body[0] = nn.Conv2d(1, 2, 1, bias=False)
         with torch.no_grad():
@@ -301,6 +302,7 @@ def test_many_groups_take_several_pages(tmp_path):
     torch.manual_seed(0)
     body = nn.Sequential(*[nn.Identity()] * 3, nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten())
     net = nn.Sequential()
+    net.gradcam_layer = "4"
     net.body, net.classifier = body, nn.Linear(128, 3)
     arrays = gradcam._examples({"before_dfr": net}, split)
     np.savez(tmp_path / "gradcam.npz", **arrays)

@@ -446,7 +446,7 @@ def test_valid_mutants_run(path, tmp_path, data_dir, capsys, monkeypatch, change
     hypothesis.assume(isinstance(outcome(path, arguments), Config))
     with monkeypatch.context() as patch:
         if figures != 13:  # they take seconds, and have tests of their own
-            patch.setattr(plotting, "draw", lambda folder: [])
+            patch.setattr(plotting, "draw", lambda folder, **_: [])
         code = main.main(["--config", str(path), *arguments])
     captured = capsys.readouterr()
     assert code in (0, 2)

@@ -433,7 +433,7 @@ def test_a_list_without_its_last_lines_is_not_taken_for_all_of_them(tmp_path):
 @pytest.fixture
 def go(tmp_path, faces, monkeypatch):
     """go(place, **keys) -> (exit code, run folder), without plots, which other tests draw."""
-    monkeypatch.setattr(plotting, "draw", lambda folder: [])
+    monkeypatch.setattr(plotting, "draw", lambda folder, **_: [])
 
     def run(place, data=faces[0], **changes):
         given = keys(data, **{"use_dfr": False, **NO_ANALYSES, **changes})

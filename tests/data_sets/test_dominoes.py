@@ -302,8 +302,8 @@ def test_features_of_composed_pictures(load, settings, tmp_path):
         ),
         (
             {"loss_function": "cross_entropy", **NO_ANALYSES, "analyze_jacobian_norm": True},
-            "analyze_jacobian_norm: given true, but the analyses need a scalar output and four "
-            "groups; allowed with loss_function cross_entropy: false",
+            "analyze_jacobian_norm: given true, but these analyses need a scalar output and four "
+            "groups; allowed with loss_function cross_entropy: false, null",
         ),
         (
             {"val_target_size": 30},

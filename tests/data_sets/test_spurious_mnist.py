@@ -370,7 +370,8 @@ ERRORS = [
 def test_errors_are_one_line(tmp_path, text, expected, as_override):
     given = f"spurious_features={text}"
     path = tmp_path / "c.yaml"
-    path.write_text("labels: [3, 8]\n" + given.replace("=", ": ", 1) * (not as_override))
+    own = "dataset_name: SpuriousMNIST\nloss_function: cross_entropy\nlabels: [3, 8]\n"
+    path.write_text(own + given.replace("=", ": ", 1) * (not as_override))
     with pytest.raises(ConfigError) as error:
         load_config(path, [given] if as_override else [])
     assert list(error.value.problems) == [expected]
@@ -427,8 +428,8 @@ def test_keys_without_effect():
     given = NO_ANALYSES | {"dataset_name": "SpuriousMNIST", "loss_function": "cross_entropy"}
     given |= {"dfr_reuse_train": True, "dfr_val_ratio": 0.0, "use_grayscale": True}
     assert validate(given | {"train_correlation": 0.5}).ignored == (
-        "use_grayscale (only for ColoredMNIST, WaterBirds, Dominoes, CelebA)",
         "train_correlation (only for ColoredMNIST, Dominoes)",
+        "use_grayscale (only for ColoredMNIST, WaterBirds, Dominoes, CelebA)",
         "dfr_val_ratio (with dfr_reuse_train nothing is set aside)",
     )
 

@@ -20,7 +20,7 @@ from PIL import Image
 import data_loader
 import main
 import plotting
-from lab.analyses import gram as analysis
+from lab.analyses import measuring
 from lab.config import loading
 from lab.data_sets import waterbirds as waterbirds_set
 from lab.data_sets.sources import waterbirds
@@ -601,7 +601,7 @@ def test_stopping_early_stops_decoding():
 def test_caps_of_analyses_decode_nothing(good, monkeypatch):
     split = load(good).train
     monkeypatch.setattr(split.inputs.source, "decode", None)
-    few = analysis.capped(split, 4, seed=0)
+    few = measuring.capped(split, 4, seed=0)
     assert few.counts == [4, 4, 4, 4]
     assert few.inputs.shape == (16, 3, 224, 224)
     chosen = few.inputs.rows
@@ -625,12 +625,12 @@ def in_memory(config):
     ids=["minibatches", "full_batch"],
 )
 def test_streamed_run_equals_run_in_memory(good, tmp_path, monkeypatch, changes):
-    monkeypatch.setattr(plotting, "draw", lambda folder: [])  # slow, and drawn in another test
+    monkeypatch.setattr(plotting, "draw", lambda folder, **_: [])  # slow, and drawn in another test
     code, streamed = run(good, tmp_path / "streamed", **changes)
     assert code == 0
     code, again = run(good, tmp_path / "again", **changes)
     assert code == 0
-    monkeypatch.setitem(data_loader.DATASETS, "WaterBirds", in_memory)
+    monkeypatch.setattr(waterbirds_set, "load", in_memory)
     code, loaded = run(good, tmp_path / "loaded", **changes)
     assert code == 0
     for name in ("analysis", "training_history", "group_counts"):
@@ -661,7 +661,7 @@ def test_configuration(good):
 
 def test_features_end_to_end_with_the_official_validation_set(good, tmp_path, monkeypatch):
     """ResNet18 with random weights: analyses, DFR on the validation set, a second run cached."""
-    monkeypatch.setattr(plotting, "draw", lambda folder: [])  # slow, and drawn in another test
+    monkeypatch.setattr(plotting, "draw", lambda folder, **_: [])  # slow, and drawn in another test
     changes = {
         "use_feature_extractor": "true",
         "feature_extractor_weights": "random",

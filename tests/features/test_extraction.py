@@ -28,6 +28,8 @@ from lab.config.seeds import derive_seed
 from lab.features import backbones
 from lab.features import cache as feature_cache
 from lab.features import extraction as feature_extractor
+from lab.networks import weights as weight_files
+from lab.splits.pictures import IMAGENET_MEAN, IMAGENET_STD
 from lab.splits.splits import Split, Splits
 from lab.system.errors import ConfigError, DataError
 
@@ -107,7 +109,7 @@ def nothing_installed(tmp_path, monkeypatch):
     """No weights in any cache, no network; returns (torch.hub's folder, Hugging Face's)."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(backbones, "_unreachable", lambda url: "no network here")
+    monkeypatch.setattr(weight_files, "unreachable", lambda url: "no network here")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
@@ -135,7 +137,7 @@ def pictures(n=2):
     return torch.stack([Drawn(n).decode_uint8(i) for i in range(n)])
 
 
-def normalised(pictures, mean=backbones.IMAGENET_MEAN, std=backbones.IMAGENET_STD):
+def normalised(pictures, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     return torchvision.transforms.functional.normalize(pictures / 255, mean, std)
 
 
@@ -248,14 +250,14 @@ def test_names_are_the_right_architectures():
             "ResNet50": torchvision.models.resnet50(),
         }
     assert len(vit.encoder.layers) == BUILT_IN.of(Backbone)["ViT_B_16"].blocks
-    assert {*backbones.TORCHVISION, *backbones.DINOV2} == {
+    assert {*weight_files.TORCHVISION, *backbones.DINOV2} == {
         *BUILT_IN.of(Backbone),
     }  # fmt: skip
-    for architecture, weights in backbones.TORCHVISION.values():
+    for architecture, weights in weight_files.TORCHVISION.values():
         assert weights.name == "IMAGENET1K_V1" and architecture in weights.url
         transform = weights.transforms()
-        assert tuple(transform.mean) == backbones.IMAGENET_MEAN
-        assert tuple(transform.std) == backbones.IMAGENET_STD
+        assert tuple(transform.mean) == IMAGENET_MEAN
+        assert tuple(transform.std) == IMAGENET_STD
     for resnet in resnets.values():
         with torch.device("meta"):
             picture = torch.empty(1, 3, 224, 224)
@@ -391,21 +393,21 @@ def test_missing_weights_are_one_clear_error(extractor_settings, nothing_install
 
 def test_a_host_out_of_reach_is_told_soon():
     start = time.perf_counter()
-    assert backbones._unreachable("https://weights.invalid/file")
-    assert time.perf_counter() - start < backbones.NETWORK_TIMEOUT + 1
+    assert weight_files.unreachable("https://weights.invalid/file")
+    assert time.perf_counter() - start < weight_files.NETWORK_TIMEOUT + 1
 
 
 def test_what_is_fetched_is_complete_and_has_its_hash(tmp_path, monkeypatch):
     source = tmp_path / "weights"
     source.write_bytes(b"weights")
-    digest = backbones.file_hash(source)[:8]
-    assert backbones._unreachable(source.as_uri()) is None
+    digest = weight_files.file_hash(source)[:8]
+    assert weight_files.unreachable(source.as_uri()) is None
     target = tmp_path / "checkpoints" / f"model-{digest}.pth"
-    assert backbones._download(source.as_uri(), target) is None
+    assert weight_files._download(source.as_uri(), target) is None
     assert target.read_bytes() == b"weights"
     wrong = target.with_name("model-01234567.pth")
-    assert "SHA-256" in backbones._download(source.as_uri(), wrong)
-    assert "absent" in backbones._download((tmp_path / "absent").as_uri(), wrong)
+    assert "SHA-256" in weight_files._download(source.as_uri(), wrong)
+    assert "absent" in weight_files._download((tmp_path / "absent").as_uri(), wrong)
     assert list(target.parent.iterdir()) == [target]
 
     # The whole way: torchvision's file is fetched into torch.hub's folder when it is not there.
@@ -414,7 +416,7 @@ def test_what_is_fetched_is_complete_and_has_its_hash(tmp_path, monkeypatch):
 
     source.rename(tmp_path / f"model-{digest}.pth")
     target.unlink()
-    monkeypatch.setitem(backbones.TORCHVISION, "ResNet18", ("resnet18", Weights))
+    monkeypatch.setitem(weight_files.TORCHVISION, "ResNet18", ("resnet18", Weights))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     config = loading.validate({"use_feature_extractor": True})
     assert backbones.find_weights(config, backbones.resolve(config)) == target
@@ -457,7 +459,7 @@ def test_weights_hash_is_kept_and_follows_the_file(tmp_path, monkeypatch):
     path, spec = tmp_path / "weights.pth", None
     path.write_bytes(b"one")
     first = feature_extractor._weights_id(tmp_path, path, spec, 0)
-    monkeypatch.setattr(backbones, "file_hash", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr(weight_files, "file_hash", lambda path: pytest.fail("hashed again"))
     assert feature_extractor._weights_id(tmp_path, path, spec, 0) == first
     monkeypatch.undo()
     path.write_bytes(b"another")
@@ -633,7 +635,7 @@ def test_two_at_once_share_one_extraction(quick, caplog):
             feature_extractor.Extractor(config).extract(splits_of(slow, slow))
         )
     )
-    logger, handler = logging.getLogger("spurious.feature_cache"), Seen()
+    logger, handler = logging.getLogger("spurious.lab.features.cache"), Seen()
     logger.addHandler(handler)
     try:
         with caplog.at_level(logging.INFO, "spurious"):

@@ -55,7 +55,7 @@ def decoded_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(celeba.CelebA, "decode", once)
-        patch.setattr(plotting, "draw", lambda folder: [])
+        patch.setattr(plotting, "draw", lambda folder, **_: [])
         yield
 
 

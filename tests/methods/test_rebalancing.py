@@ -176,7 +176,7 @@ def test_the_error_set_is_what_erm_gets_wrong(tmp_path, monkeypatch, caplog):
     double(monkeypatch)
     config, splits, run = jtt(tmp_path)
     with caplog.at_level(logging.INFO, "spurious"):
-        found = identification.identify(splits, config, run, "cpu")
+        found = identification.identify(splits, config, run)
 
     # The twin: ERM written out, with the identification's own learning rate.
     twin = building.build(config, (7,)).double()
@@ -208,14 +208,14 @@ def test_an_error_set_is_used_again_only_on_its_training_split(tmp_path, monkeyp
     double(monkeypatch)
     config, splits, run = jtt(tmp_path / "one")
     (tmp_path / "one").mkdir()
-    first = identification.identify(splits, config, run, "cpu")
+    first = identification.identify(splits, config, run)
     path = tmp_path / "one" / "jtt_error_set.csv"
 
     def again(place, splits=splits, **keys):
         (tmp_path / place).mkdir()
         config, _, run = jtt(tmp_path / place, jtt_error_set=str(path), **keys)
         monkeypatch.setattr(identification, "_train", None)
-        return identification.identify(splits, config, run, "cpu").repeats
+        return identification.identify(splits, config, run).repeats
 
     assert torch.equal(again("same"), first.repeats)
     assert (tmp_path / "same" / "jtt_error_set.csv").read_bytes() == path.read_bytes()
@@ -267,7 +267,7 @@ def go(tmp_path, data_dir, monkeypatch):
     """go(place, **keys) -> (exit code, run folder), without plots, which other tests draw."""
     import plotting
 
-    monkeypatch.setattr(plotting, "draw", lambda folder: [])
+    monkeypatch.setattr(plotting, "draw", lambda folder, **_: [])
 
     def run(place, **keys):
         given = {"data_dir": data_dir, "results_dir": tmp_path / place, **SMALL, **keys}

@@ -335,7 +335,7 @@ def test_samples_are_repeated_as_often_as_joined_weights_say(tmp_path, rule, rep
         leads = True
 
     (tmp_path / "run").mkdir()
-    found = identification.identify(splits, config, Run(tmp_path / "run"), "cpu").repeats.tolist()
+    found = identification.identify(splits, config, Run(tmp_path / "run")).repeats.tolist()
     assert found[3] == {"xor": 1, "inv": 5, "task": repeats}[rule]
     assert found[5] == {"xor": 10, "inv": 10, "task": 3}[rule]
     assert sum(n > 1 for n in found) == {"xor": 1}.get(rule, 2)
@@ -343,7 +343,7 @@ def test_samples_are_repeated_as_often_as_joined_weights_say(tmp_path, rule, rep
     if rule == "task":
         (tmp_path / "other").mkdir()
         with pytest.raises(UserError, match="allowed without them: xor, inv"):
-            identification.identify(splits, config, Run(tmp_path / "other"), "cpu")
+            identification.identify(splits, config, Run(tmp_path / "other"))
 
 
 def test_one_task_among_several_is_the_single_task_bit_for_bit(tmp_path):

@@ -16,11 +16,14 @@ from conftest import in_float64, make_split, make_splits
 import data_loader
 from lab.analyses import gram as analysis
 from lab.config.loading import validate
+from lab.config.records import BUILT_IN
+from lab.config.registry import Analysis
 from lab.evaluation import predictions
 from lab.evaluation.losses import MSE
-from lab.features import backbones
 from lab.networks import building, picture_nets
+from lab.networks import weights as weight_files
 from lab.retraining import head as dfr
+from lab.splits.pictures import IMAGENET_MEAN, IMAGENET_STD
 from lab.system.errors import ConfigError, DataError
 from lab.training import loop as trainer
 
@@ -65,7 +68,7 @@ def test_resnets_are_torchvision_s_on_standardised_pictures(name):
     twin.load_state_dict(net.body[1].state_dict(), strict=False)
     twin.fc.load_state_dict(net.classifier.state_dict())
     x = pictures(3, 3, 64, 32, dtype=torch.float64)
-    mean, std = backbones.IMAGENET_MEAN, backbones.IMAGENET_STD
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
     expected = twin(torchvision.transforms.functional.normalize(x, mean, std))
     # Batch norm over six values a channel enlarges the rounding of the mean and deviation.
     torch.testing.assert_close(net(x), expected, rtol=1e-3, atol=1e-4)
@@ -78,7 +81,7 @@ def test_resnets_are_torchvision_s_on_standardised_pictures(name):
 
 def test_pictures_of_unit_norm_are_brought_to_the_norm_of_imagenet_s():
     x = pictures(2, 3, 8, 8)
-    values = torch.tensor([backbones.IMAGENET_MEAN, backbones.IMAGENET_STD]).double()
+    values = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).double()
     # A picture as ImageNet has them on average: E[v²] = mean² + std² in every channel.
     norm = (values.square().sum(0) * 64).sum().sqrt().item()
     scaled = picture_nets.Standardised((3, 8, 8), True, *values.tolist())
@@ -167,7 +170,7 @@ def test_pretrained_weights_from_a_file(tmp_path, suffix):
 
 
 def test_pretrained_weights_that_are_missing_or_wrong(tmp_path, monkeypatch):
-    monkeypatch.setattr(backbones, "_unreachable", lambda url: "no network here")
+    monkeypatch.setattr(weight_files, "unreachable", lambda url: "no network here")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(DataError) as caught:
         build("ResNet50", pretrained=True)
@@ -217,9 +220,9 @@ def test_keys_of_other_networks_have_no_effect():
     def ignored(name, **keys):
         return validate({"model_name": name} | given | keys).ignored
 
-    mlp_only = "hidden_dim, use_bias, use_zero_bias_initialization (only for an MLP)"
-    convnet_only = "latent_size (only for a ConvNet)"
-    resnet_only = "pretrained, pretrained_weights (only for ResNet18 or ResNet50 as model_name)"
+    mlp_only = "hidden_dim, use_bias, use_zero_bias_initialization (only for MLP)"
+    convnet_only = "latent_size (only for ConvNet)"
+    resnet_only = "pretrained, pretrained_weights (only for ResNet18, ResNet50)"
     assert ignored("MLP") == (convnet_only, resnet_only)
     assert ignored("ConvNet") == (mlp_only, resnet_only)
     assert ignored("ResNet50") == (mlp_only, convnet_only)
@@ -260,7 +263,7 @@ def test_analyses_leave_the_training_of_a_picture_network_as_it_is(fake_run, set
     splits = make_splits(shape=(3, 16, 16), dtype=torch.float32)
     keys = {"train_batch_size": 16, "learning_rate": 0.05, "epochs": 1}
     # After a step, when the running statistics are no longer the initial ones.
-    due = {f"{name}_analysis_epochs": [1] for name in analysis.ANALYSES}
+    due = {f"{name}_analysis_epochs": [1] for name in BUILT_IN.of(Analysis)}
     net, _ = train(fake_run, settings, name, splits, **keys, **due)
     rows, analyses = fake_run.rows, fake_run.analyses
     never = {"analyses": "none"}
@@ -299,8 +302,9 @@ def test_a_convnet_learns_the_colours_and_dfr_reads_its_features(fake_run, setti
 
 def test_an_mlp_does_without_torchvision():
     code = (
-        "import sys, config, model, trainer; "
-        "model.build(config.validate({}), (7,)); print('torchvision' in sys.modules)"
+        "import sys; from lab.networks import building; from lab.training import loop; "
+        "from lab.config import loading; "
+        "building.build(loading.validate({}), (7,)); print('torchvision' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -120,8 +120,8 @@ def trials_of(folder):
 
 def start_worker(folder, stand_in):
     code = (
-        "import sys; from pathlib import Path; from command import exit_code\n"
-        "from sweeping import launch, search\n"
+        "import sys; from pathlib import Path; from lab.system.command import exit_code\n"
+        "from lab.sweeping import launch, search\n"
         f"launch.PROGRAM = Path({str(stand_in)!r})\n"
         f"sys.exit(exit_code(lambda: search.work(Path({str(folder)!r}), poll=0.02)))"
     )
@@ -313,7 +313,7 @@ def test_half_a_line_of_a_machine_that_went_down_does_no_harm(searched):
 def test_several_workers_are_started_and_the_exit_code_tells_of_failures(
     searched, stand_in, monkeypatch, capfd
 ):
-    code = "import sys; from pathlib import Path; from sweeping import launch, search; "
+    code = "import sys; from pathlib import Path; from lab.sweeping import launch, search; "
     code += f"launch.PROGRAM = Path({str(stand_in)!r}); search.work(Path(sys.argv[1]), poll=0.02)"
     monkeypatch.setattr(search, "WORKER", [sys.executable, "-c", code])
     folder = searched(trials=3)
@@ -374,8 +374,12 @@ def test_a_search_runs_where_it_is_started(tmp_path, monkeypatch, capsys, cluste
 
 def test_the_example_in_the_readme_is_a_section(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("### Search with optuna")[2]
-    (tmp_path / "example.yaml").write_text(text.split("```")[1])
+    text = (
+        (ROOT / "docs" / "sweeps.md")
+        .read_text(encoding="utf-8")
+        .partition("## Search with optuna")[2]
+    )
+    (tmp_path / "example.yaml").write_text(text.split("```")[1].removeprefix("yaml"))
     planned = plan.read(tmp_path / "example.yaml")
     section = search.check(planned.optuna, planned.base, planned.overrides, planned.seeds)
     assert section.trials == 30 and len(section.space) == 4

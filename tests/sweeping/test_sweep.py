@@ -495,7 +495,7 @@ def test_ctrl_c_stops_the_jobs_with_their_checkpoints(stand_in, write, tmp_path,
         epochs=3, data_dir="wait", results_dir=str(tmp_path / "results"),
     )  # fmt: skip
     code = (
-        "import sys, pathlib, sweep; from sweeping import launch;"
+        "import sys, pathlib, sweep; from lab.sweeping import launch;"
         f"launch.PROGRAM = pathlib.Path({str(launch.PROGRAM)!r});"
         f"sys.exit(sweep.main([{str(path)!r}, '--jobs', '2']))"
     )

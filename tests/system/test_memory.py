@@ -21,7 +21,7 @@ def test_a_network_larger_than_the_memory(machine):
     (line,) = caught.value.problems
     assert line == (
         "hidden_dim, num_hidden_layers: given 65536, 100, which is at least 3,401.6 GB for "
-        "parameters, gradients and optimizer, but 16.0 GB are there; allowed: less"
+        "parameters, gradients and optimizer, but 16.0 GB are available; allowed: less"
     )
     validate({"hidden_dim": 65_536, "num_hidden_layers": 100, "device": "cuda"})
     machine(1e6)

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import make_split, make_splits
+from test_loop import run
 from test_resume import assert_equal, at_call, go, kept, sent  # noqa: F401, fixtures
-from test_trainer import run
 
 from lab.config.loading import validate
 from lab.system.errors import ConfigError, DataError
@@ -129,7 +129,7 @@ def test_refused_without_validation_data(keys, val):
     with pytest.raises(ConfigError) as error:
         validate(keys | {"early_stopping_patience": 4})
     assert list(error.value.problems) == [
-        "early_stopping_patience: given 4, which goes by the validation loss, but "
+        "early_stopping_patience: given 4, which needs the validation loss, but "
         f"{val} is 0; allowed: null, or {val} above 0"
     ]
 
