@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: run test lint site clean
+.PHONY: run test check lint docs site clean
 
 run: $(VENV)/run-installed
 	$(VENV)/bin/python main.py
@@ -10,11 +10,23 @@ run: $(VENV)/run-installed
 test: $(VENV)/test-installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+# The inner loop: lint, types and the core's tests.
+check: $(VENV)/test-installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m fast
 
 lint: $(VENV)/test-installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# config.yaml and the tables of the pages, from the schema and the records.
+docs: $(VENV)/run-installed
+	$(VENV)/bin/python -m lab.config.document
 
 # The pages of docs/ as a site, docs/_build/index.html; a broken link, anchor or formula fails.
 site: $(VENV)/site-installed

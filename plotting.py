@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         given = _parser().parse_args(argv)
         try:
             if given.gradcam:
-                from lab.analyses.gradcam import explain  # with torch and the networks
+                from lab.runs.explaining import explain  # with torch and the networks
 
                 explain(Path(given.folder))
             paths = draw(given.folder, given.format, _further(given))

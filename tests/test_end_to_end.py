@@ -11,9 +11,9 @@ from PIL import Image
 from test_cifar10 import write_folder
 from test_resume import assert_equal, at_call, sent
 
+import dfr as dfr_command
 import main
 from lab.figures import drawing
-from lab.retraining import head as dfr
 from lab.runs import run as tracking
 
 TEN = {
@@ -103,7 +103,7 @@ def test_dfr_of_a_trained_run_again(go, tmp_path, capsys):
     code, folder, _ = go("run", use_dfr="false")
     assert code == 0
     assert not (folder / "dfr_results.json").exists()
-    assert dfr.main(["--run", str(folder), "dfr_reg=l2"]) == 0
+    assert dfr_command.main(["--run", str(folder), "dfr_reg=l2"]) == 0
     place = capsys.readouterr().out.strip().removeprefix("Results: ")
     (made,) = (folder / "dfr").iterdir()
     assert place == str(made)
@@ -118,9 +118,9 @@ def test_dfr_of_a_trained_run_again(go, tmp_path, capsys):
     assert json.loads((whole / "dfr_results.json").read_text()) == again
 
     for wrong in ("learning_rate=1", "dfr_val_split_strategy=split_from_train", "dfr_reg=l7"):
-        assert dfr.main(["--run", str(folder), wrong]) == 2
+        assert dfr_command.main(["--run", str(folder), wrong]) == 2
         assert wrong.split("=")[0] in capsys.readouterr().err
-    assert dfr.main(["--run", str(tmp_path)]) == 2
+    assert dfr_command.main(["--run", str(tmp_path)]) == 2
     assert f"--run: given {tmp_path}" in capsys.readouterr().err
     assert len(list((folder / "dfr").iterdir())) == 1
 
@@ -137,5 +137,5 @@ def test_other_data_are_refused(go, tmp_path, pictures, monkeypatch, capsys):
     Image.new("RGB", (32, 32), "red").save(changed)
     assert main.main(["--resume", str(folder)]) == 2
     assert "the data are not those of this run any more" in capsys.readouterr().err
-    assert dfr.main(["--run", str(folder)]) == 2
+    assert dfr_command.main(["--run", str(folder)]) == 2
     assert "the data are not those of this run any more" in capsys.readouterr().err

@@ -10,23 +10,15 @@ them pixel by pixel, so that a map that speaks for the class in one corner has h
 active. The table also has shares of ReLU(Σ_k ∂f_c/∂A_k · A_k), without the mean (HiResCAM;
 Draelos & Carin, "Use HiResCAM instead of Grad-CAM for faithful explanations", 2020).
 
-    python plotting.py results/<run> --gradcam
+A run's folder is explained by `lab.runs.explaining`.
 """
-
-import copy
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lab.config import loading
-from lab.config.registry import Network
 from lab.evaluation import predictions
 from lab.evaluation.losses import class_index
-from lab.retraining import head as dfr
-from lab.system import files
-from lab.system.errors import ConfigError, UserError
 
 DIGITS_PER_GROUP = 3  # examples in the figure
 LARGE = 128  # pixels; examples of larger pictures are halved
@@ -70,62 +62,7 @@ def shortcut_shares(network, layer, split, masks, config, by_pixel: bool = False
     return torch.cat(shares)
 
 
-def explain(folder: Path) -> None:
-    """Write `gradcam.csv` and `gradcam.npz` for a run, from its checkpoint and its data.
-
-    csv: the shares of heat on the shortcut, by group, of the test split and of those further splits
-    that have one drawn; npz: test pictures with their heat, for the figure. Both before DFR and,
-    where the run has it, after. Raises `UserError` for networks without convolutions, and where
-    the checkpoint is missing or the data have changed.
-    """
-    used = folder / "config_used.yaml"
-    if not used.is_file():
-        raise ConfigError(f"--gradcam: given {folder}, but there is no {used}")
-    config = loading.load_config(used)
-    if not config.network.gradcam_layer:
-        networks_with = [
-            name for name, record in config.catalogue.of(Network).items() if record.gradcam_layer
-        ]
-        raise UserError(
-            f"--gradcam: the network of {folder} is an {config.model_name}, which has no "
-            f"convolutions; allowed: {', '.join(networks_with)}"
-        )
-    network, splits = dfr.load_network(folder, config)
-    networks = {"before_dfr": network}
-    if config.use_dfr:
-        networks["after_dfr"] = _retrained(network, folder, config)
-    shown = {"test": splits.test}
-    if splits.masks is not None:
-        drawn = splits.masks.flatten(1).any(1)
-        shown |= {name: split for name, split in splits.more.items() if drawn[split.group].any()}
-    rows = []
-    for when, net in networks.items():
-        for name, split in shown.items():
-            rows += [
-                {"when": when, "split": name} | row for row in _rows(net, split, splits, config)
-            ]
-    files.write_csv(folder / "gradcam.csv", rows)
-    examples = _examples(networks, splits.test)
-    files.save(folder / "gradcam.npz", lambda file: np.savez(file, **examples))
-
-
-def _retrained(network, folder: Path, config):
-    """The network with the layer that DFR has trained in place of its last one."""
-    if config.dfr_target_layer != "last_hidden":
-        raise UserError(
-            f"--gradcam: DFR of {folder} reads {config.dfr_target_layer}, behind no convolution; "
-            "allowed as dfr_target_layer: last_hidden"
-        )
-    retrained = copy.deepcopy(network)
-    path = folder / "dfr_model.npz"
-    layer = dfr.load_head(path).linear()
-    if layer.weight.shape != network.classifier.weight.shape:
-        raise UserError(f"{path}: is of another network, its shape is {tuple(layer.weight.shape)}")
-    retrained.classifier = layer.to(next(network.parameters()).device)
-    return retrained
-
-
-def _rows(network, split, splits, config) -> list[dict]:
+def rows(network, split, splits, config) -> list[dict]:
     """Rows of `gradcam.csv` for the non-empty groups of a split.
 
     shortcut_share: mean over the samples that have any heat (without_heat: how many have none);
@@ -154,7 +91,7 @@ def _rows(network, split, splits, config) -> list[dict]:
     ]
 
 
-def _examples(networks: dict, split) -> dict[str, np.ndarray]:
+def examples(networks: dict, split) -> dict[str, np.ndarray]:
     """`pictures` (M, H, W, C) in [0, 1], `group` (M,), and `before_dfr`, … (M, H, W) in [0, 1].
 
     The first samples of each non-empty group; pictures and heat maps have 1 as their maximum.

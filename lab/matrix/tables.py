@@ -48,7 +48,7 @@ PLACE = ("data_dir", "device", "num_workers", "eval_batch_size", "features_cache
 MAY_DIFFER = (*comparing.FREE_TO_CHANGE, *PLACE, "groupings", "experiment_name", "use_dfr")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(experiment, argv: list[str] | None = None) -> int:
     """Run the command from its arguments; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
     task: list[str] = []
@@ -63,13 +63,11 @@ def main(argv: list[str] | None = None) -> int:
             tell(f"Results: {folder}", stream="stdout")
         else:
             with console_log() as early_log:
-                folder = matrix(given, ["spurious_matrix.py", *argv], early_log)
+                folder = matrix(given, ["spurious_matrix.py", *argv], early_log, experiment.run)
             tell(f"Results: {folder}", stream="stdout")
 
     code = exit_code(command)
     if task:
-        import main as experiment
-
         return experiment.main(task)
     return code
 
@@ -180,7 +178,7 @@ def _source(config: Config):
     return source
 
 
-def matrix(given, command: list[str], early_log: MemoryHandler) -> Path:
+def matrix(given, command: list[str], early_log: MemoryHandler, run_experiment) -> Path:
     """Train a network for every attribute and tell what follows; returns the results folder.
 
     Raises `UserError` for what the user can fix.
@@ -211,7 +209,9 @@ def matrix(given, command: list[str], early_log: MemoryHandler) -> Path:
             files.write_text(folder / OPTIONS_FILE, json.dumps(options) + "\n")
             if resume is None or resume.phase == tracking.PHASES[0]:
                 train = _train_heads if config.use_feature_extractor else _train_runs
-                write_accuracies(folder, names, *train(config, names, device, folder, given))
+                write_accuracies(
+                    folder, names, *train(config, names, device, folder, given, run_experiment)
+                )
                 results.enter("plots")
             conclude(folder, options, config)
             results.enter("done")
@@ -233,10 +233,8 @@ def _read_options(folder: Path) -> dict:
         raise UserError(f"{path}: not readable, so this is no matrix to resume ({error})") from None
 
 
-def _train_runs(config: Config, names: list[str], device: str, folder: Path, given):
+def _train_runs(config: Config, names: list[str], device: str, folder: Path, given, run_experiment):
     """(right, samples) (K, K, 4), after the runs of main.py that are not done yet."""
-    import main as experiment
-
     for number, name in enumerate(names, 1):
         place = folder / "runs" / name
         before = [path.parent for path in place.glob("[!.]*/status.json")]
@@ -249,12 +247,14 @@ def _train_runs(config: Config, names: list[str], device: str, folder: Path, giv
         else:
             own = task_config(config, grouping(names, name), results_dir=str(place))
         log.info("Network %d of %d: %s", number, len(names), name)
-        experiment.run(own, ["main.py"], MemoryHandler(0), resume)
+        run_experiment(own, ["main.py"], MemoryHandler(0), resume)
     runs = find_runs([folder / "runs"])
     return predict(runs, names, config)
 
 
-def _train_heads(config: Config, names: list[str], device: str, folder: Path, given):
+def _train_heads(
+    config: Config, names: list[str], device: str, folder: Path, given, run_experiment
+):
     """(right, samples) (K, K, 4) of networks on features, trained all at once."""
     import torch
 

@@ -156,7 +156,7 @@ def test_shares_of_groups(settings):
     splits = make_splits(test=(3, 0, 4, 2), shape=(1, 8, 8))
     splits.masks = torch.zeros(4, 8, 8, dtype=torch.bool)
     splits.masks[0, :2], splits.masks[2, :, 5:] = True, True
-    rows = gradcam._rows(net, splits.test, splits, config)
+    rows = gradcam.rows(net, splits.test, splits, config)
     assert [(row["group"], row["count"]) for row in rows] == [(0, 3), (2, 4), (3, 2)]
     assert [row["area_share"] for row in rows] == [0.25, 0.375, 0]
     layer = gradcam.last_convolutions(net)
@@ -172,7 +172,7 @@ def test_shares_of_groups(settings):
         heat[3:7, :, 5:].sum((1, 2))[there[3:7]].mean().item()
     )
     splits.masks = None
-    rows = gradcam._rows(net, splits.test, splits, config)
+    rows = gradcam.rows(net, splits.test, splits, config)
     assert all(math.isnan(row["shortcut_share"]) for row in rows)
     assert all(math.isnan(row["area_share"]) for row in rows)
 
@@ -304,7 +304,7 @@ def test_many_groups_take_several_pages(tmp_path):
     net = nn.Sequential()
     net.gradcam_layer = "4"
     net.body, net.classifier = body, nn.Linear(128, 3)
-    arrays = gradcam._examples({"before_dfr": net}, split)
+    arrays = gradcam.examples({"before_dfr": net}, split)
     np.savez(tmp_path / "gradcam.npz", **arrays)
     assert np.bincount(arrays["group"]).tolist() == [3, 0, 2, *[3] * 15]
     assert arrays["before_dfr"].max((1, 2)).max() == 1

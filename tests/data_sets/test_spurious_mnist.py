@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from test_resume import assert_equal, at_call, sent
 
 import data_loader
+import dfr as dfr_command
 import main
 from lab.config import strict_yaml
 from lab.config.keys import Lines, NoShortcut, Square
@@ -20,7 +21,6 @@ from lab.config.loading import load_config, validate
 from lab.data_sets import spurious_mnist
 from lab.data_sets.sources import mnist
 from lab.figures import drawing, pictures, tables
-from lab.retraining import head as dfr
 from lab.system.errors import ConfigError, DataError
 
 NO_ANALYSES = {"analyses": "none"}
@@ -514,9 +514,9 @@ def test_resumed_in_the_middle_of_an_epoch(go, monkeypatch, keys):
 
 def test_retraining_again_takes_no_other_data(go, capsys):
     _, folder, _ = go("whole", epochs=1)
-    assert dfr.main(["--run", str(folder), "dfr_reg=l2"]) == 0
+    assert dfr_command.main(["--run", str(folder), "dfr_reg=l2"]) == 0
     capsys.readouterr()
-    assert dfr.main(["--run", str(folder), "dfr_reuse_train=true"]) == 2
+    assert dfr_command.main(["--run", str(folder), "dfr_reuse_train=true"]) == 2
     assert "dfr_reuse_train=true: allowed: keys of DFR, but not" in capsys.readouterr().err
 
 

@@ -608,9 +608,12 @@ def test_caps_of_analyses_decode_nothing(good, monkeypatch):
     assert (2 * split.inputs.source.y[chosen] - 1).tolist() == few.y.tolist()
 
 
+LOAD = waterbirds_set.load
+
+
 def in_memory(config):
     """The oracle twin: the same splits with all pictures as one tensor."""
-    splits = waterbirds_set.load(config)
+    splits = LOAD(config)
     for split in splits.named().values():
         split.inputs = torch.cat([split.inputs[i : i + 1] for i in range(len(split))])
     return splits

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import in_float64, make_split, make_splits, many_groups
 
+import dfr as dfr_command
 import main
 from lab.config import loading
 from lab.evaluation import metrics
@@ -280,7 +281,7 @@ def test_a_run_and_its_files(run_folder):
 
 
 def test_both_solvers_in_one_table(run_folder, capsys):
-    assert dfr.main(["--run", str(run_folder), "--compare"]) == 0
+    assert dfr_command.main(["--run", str(run_folder), "--compare"]) == 0
     (place,) = (run_folder / "dfr").iterdir()
     assert capsys.readouterr().out.strip() == f"Results: {place}"
     with open(place / "dfr_comparison.csv", newline="") as file:
@@ -301,7 +302,9 @@ def test_both_solvers_in_one_table(run_folder, capsys):
     assert text[6] == "worst-group accuracy" + " " * 4 + "".join(
         f"{float(rows[3][column]):>10.4f}" for column in ("before", "sklearn", "sgd")
     )
-    assert dfr.main(["--run", str(run_folder), "--compare", "dfr_target_layer=layer_0"]) == 2
+    assert (
+        dfr_command.main(["--run", str(run_folder), "--compare", "dfr_target_layer=layer_0"]) == 2
+    )
     assert "dfr_target_layer" in capsys.readouterr().err
 
 
@@ -311,5 +314,5 @@ def test_both_solvers_in_one_table(run_folder, capsys):
     (["dfr_spurious_features.3.probability=1"], 2, "allowed: keys of DFR, but not"),
 ])  # fmt: skip
 def test_settings_that_do_not_count(run_folder, capsys, arguments, code, expected):
-    assert dfr.main(["--run", str(run_folder), *arguments]) == code
+    assert dfr_command.main(["--run", str(run_folder), *arguments]) == code
     assert expected in capsys.readouterr().err
