@@ -29,6 +29,21 @@ hypothesis_home = tempfile.TemporaryDirectory()
 set_hypothesis_home_dir(hypothesis_home.name)
 
 
+# The core's tests, marked `fast` for `make check`.
+FAST = (
+    "analyses/test_gram.py", "config/test_config.py", "config/test_records.py", "evaluation",
+    "methods/test_methods.py", "methods/test_scale.py", "networks/test_mlp.py", "splits",
+    "test_docs.py", "test_house.py", "training/test_loop.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).as_posix().startswith(FAST):
+            item.add_marker(pytest.mark.fast)
+
+
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """One data folder for the session, so that the embedded digits are parsed once."""

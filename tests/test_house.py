@@ -12,12 +12,9 @@ ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "development.md").read_text(encoding="utf-8")
 
 
-def block(name):
-    return re.search(rf"```{name}\n(.*?)```", PAGE, re.S)[1]
-
-
-ROOMS = [line.split()[0] for line in block("rooms").splitlines()]
-DOORS = block("doors").split()
+LISTS = re.findall(r"```text\n(.*?)```", PAGE, re.S)
+ROOMS = [line.split()[0] for line in LISTS[0].splitlines()]
+DOORS = LISTS[1].split()
 
 
 def imports(path):

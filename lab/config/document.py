@@ -7,6 +7,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lab.config import records, strict_yaml
 from lab.config.keys import Section
@@ -46,7 +47,7 @@ def help_text(catalogue: Catalogue = records.BUILT_IN) -> str:
         if title := SECTIONS.get(name):
             lines += ["", f"{title}:"]
         lines += textwrap.wrap(f"  {name} = {default(value)}", 78, subsequent_indent="      ")
-        indent = {"initial_indent": "      ", "subsequent_indent": "      "}
+        indent: Any = {"initial_indent": "      ", "subsequent_indent": "      "}
         text = f"{field.description} [{field_allowed(field)}]"
         lines += textwrap.wrap(text, 78, **indent)
         for record in choices.get(name, {}).values():

@@ -48,7 +48,7 @@ ALLOWED = {
 def key(default: Any, meaning: str, allowed: str | None = None) -> Any:
     """A setting of a section: its default, what it means, and what is allowed if the type does
     not say it (a text, or its name in `ALLOWED`)."""
-    extra = {"allowed": ALLOWED.get(allowed, allowed)} if allowed else None
+    extra: Any = {"allowed": ALLOWED.get(allowed, allowed)} if allowed else None
     return Field(default, description=meaning, json_schema_extra=extra)
 
 
@@ -157,5 +157,6 @@ class SpuriousFeature(Section):
 
 
 SpuriousFeatures = Annotated[
-    dict[Literal[tuple("0123456789")], SpuriousFeature], Field(max_length=10)
+    dict[Literal["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"], SpuriousFeature],
+    Field(max_length=10),
 ]

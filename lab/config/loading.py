@@ -150,7 +150,8 @@ def _derived(config: Config) -> dict[str, Any]:
 
 def _analyses(config: Config) -> tuple[dict[str, bool], list[str]]:
     """({switch: whether the analysis is made}, lines on those that do not apply)."""
-    switches, left_out = {}, {}
+    switches: dict[str, bool] = {}
+    left_out: dict[str, list[str]] = {}
     for name, record in config.catalogue.of(Analysis).items():
         explicit, reason = getattr(config, record.switch), record.applies(config)
         wanted = checks.wanted(config, record) if explicit is None else explicit

@@ -63,7 +63,8 @@ def of_error(error: ValidationError, document: dict, model: type[Config]):
         names, field = _place(item["loc"], model)
         bad.setdefault(tuple(names), (field, item["type"]))
     lines = [
-        _problem(names, *what, document, model) for names, what in islice(bad.items(), PROBLEMS)
+        _problem(names, field, kind, document, model)
+        for names, (field, kind) in islice(bad.items(), PROBLEMS)
     ]
     return lines, {names[0] for names in bad}, max(0, len(bad) - PROBLEMS)
 
@@ -76,7 +77,8 @@ def _near(name: str, known) -> str:
 def _place(location, model: type[Config]) -> tuple[list[str], Any]:
     """(names of the setting, its field) of an error's location; the field of no setting is None."""
     names: list[str] = []
-    field, inside = None, model
+    field: Any = None
+    inside: Any = model
     for part in map(str, location):
         sections = _sections(inside)
         if part in sections:  # which of several sections it is

@@ -28,8 +28,9 @@ def named(document: dict) -> list[Path]:
     """The files that the document names; [] where the key does not hold names, which the schema
     reports."""
     given = document.get("plugins")
-    fine = isinstance(given, list) and all(isinstance(name, str) and name for name in given)
-    return list(map(Path, given)) if fine else []
+    if not isinstance(given, list) or not all(isinstance(n, str) and n for n in given):
+        return []
+    return list(map(Path, given))
 
 
 def resolve(document: dict, folder: Path) -> None:
@@ -139,7 +140,8 @@ def stored(folder: Path, files: list[Path]) -> list[Record]:
         for plugin in kept:
             for fact in plugin["records"]:
                 fact = dict(fact)
-                kind, keys = kinds[fact.pop("kind")], fact.pop("keys")
+                kind: Any = kinds[fact.pop("kind")]
+                keys = fact.pop("keys")
                 plain = {k: tuple(v) if isinstance(v, list) else v for k, v in fact.items()}
                 record = kind(**plain, plugin=str(plugin["file"]))
                 known = record.own_keys()

@@ -4,7 +4,7 @@ What a record may hold is said in `lab.config.registry`. To add one of your own 
 this file, give a list `RECORDS` in a plugin file.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
@@ -177,7 +177,7 @@ ACTIVATIONS = (
     "relu", "gelu", "tanh", "identity", "silu", "softplus", "abs", "elu", "sigmoid", "logsigmoid",
     "exp",
 )  # fmt: skip
-RESNET = {
+RESNET: dict[str, Any] = {
     "code": "lab.networks.picture_nets:resnet",
     "pictures": True,
     "batch_norm": True,

@@ -4,6 +4,8 @@ Part of their records, see `lab.config.records`. `c` has the settings as attribu
 configuration or, before it is valid, those that are valid by themselves.
 """
 
+from typing import Any
+
 from lab.config.keys import SpuriousFeature
 from lab.config.strict_yaml import show
 from lab.system import memory
@@ -15,7 +17,7 @@ DOMINOES_PARTS = {"binary": 8, "ten": 20}
 CELEBA_PARTS = 8  # of val_target_size: half of it is the target set, of four equal groups
 
 # The i-th label's own shortcut where `spurious_features` is null.
-SHORTCUTS = (
+SHORTCUTS: tuple[Any, ...] = (
     *({"kind": "square", "position": corner, "size": 4} for corner in (
         "left_top", "right_bottom", "right_top", "left_bottom")),
     *({"kind": "lines", "orientation": orientation, "distance": distance}

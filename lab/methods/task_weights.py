@@ -33,8 +33,8 @@ class TaskWeights:
         weights = self.weights
         if self.config.loss_balanced_task_weighting:
             sums = torch.cat([losses.detach().sum(0), losses.new_tensor([len(losses)])])
-            *sums, size = distributed.total(sums).tolist()
-            means = [value / size for value in sums]
+            *totals, size = distributed.total(sums).tolist()
+            means = [value / size for value in totals]
             self.first = means if self.first is None else self.first
             now, then = (torch.tensor(x, dtype=torch.float64) for x in (means, self.first))
             # A task without any loss at first has none to be balanced.

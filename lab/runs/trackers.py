@@ -83,7 +83,7 @@ class TensorBoard(Tracker):
             name: _number_or_text(reduce(getitem, name.split("."), settings))
             for name, _, _ in schema.fields()
         }
-        self.file = None
+        self.file: files.Growing | None = None
         self.folder.mkdir(exist_ok=True)
         files.remove_temporaries(self.folder)
         self.rewind(math.inf)
