@@ -186,7 +186,7 @@ def test_the_head_of_dfr_takes_the_place_of_the_last_layer(settings, tmp_path):
         mean, scale = rng.normal(size=5), rng.uniform(0.5, 2, size=5)
         head = dfr.Head(mean, scale, rng.normal(size=shape), intercept)
         np.savez(tmp_path / "dfr_model.npz", **vars(head))
-        retrained = gradcam._retrained(net, tmp_path, config).double()
+        retrained = explaining._retrained(net, tmp_path, config).double()
         x = pictures(4)
         with torch.no_grad():
             expected = head.outputs(net.hidden(x).numpy())
@@ -256,7 +256,7 @@ def test_the_table_and_the_figure_of_a_run(run_folder, monkeypatch, capsys):
 
     # Without the network: again from the tables, the same to the byte.
     drawn = (run_folder / "plots" / "gradcam.png").read_bytes()
-    monkeypatch.setattr(gradcam, "explain", None)
+    monkeypatch.setattr(explaining, "explain", None)
     assert plotting.main([str(run_folder)]) == 0
     assert (run_folder / "plots" / "gradcam.png").read_bytes() == drawn
 

@@ -306,7 +306,7 @@ def test_batched_heads_are_those_trained_one_by_one(
     monkeypatch.setattr(feature_extractor, "Extractor", FakeExtractor)
     monkeypatch.setattr(batched_heads, "BLOCK_BYTES", 4 * 16 * 13 * 3)  # three heads of 13 inputs
     config = loading.validate(keys(faces[0], tmp_path, **(FEATURES | changes)))
-    correct, counts = spurious_matrix._train_heads(config, NAMES, "cpu", tmp_path, None)
+    correct, counts = spurious_matrix._train_heads(config, NAMES, "cpu", tmp_path, None, None)
     heads = heads_of(tmp_path)
     for t, name in list(enumerate(NAMES))[1:5]:  # of two blocks
         own = spurious_matrix.task_config(config, spurious_matrix.grouping(NAMES, name))
