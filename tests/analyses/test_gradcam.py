@@ -18,6 +18,7 @@ from lab.figures import drawing, tables
 from lab.figures import pictures as picture_figures
 from lab.networks import building
 from lab.retraining import head as dfr
+from lab.runs import explaining
 from lab.runs import run as tracking
 
 
