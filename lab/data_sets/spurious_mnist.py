@@ -139,11 +139,11 @@ def load(config: Config) -> Splits:
                     samples = drawing.split(digits[part].images, few, blank)
     samples = shown(samples, samples.inputs)
     there = {name: prepared(split, config) for name, split in there.items()}
-    more = {name: there.pop(name) for name in evaluation if name != "test"}
+    further = {name: there.pop(name) for name in evaluation if name != "test"}
     called = names(drawing.shortcuts)
     return Splits(
         **there,
-        more=more,
+        evaluation_sets=further,
         group_names=[f"{config.labels[y]}, {called[a]}" for y, a in drawing.cells],
         cells=drawing.cells,
         num_classes=len(config.labels),

@@ -193,7 +193,8 @@ class _Training:
             for one, values in zip(mine, kept, strict=True):
                 one.load_state_dict(values)
         self.epoch, self.step = state["epoch"], state["step"]
-        log.info("Going on from epoch %d%s", self.epoch, f", step {self.step}" * bool(self.step))
+        where = f"epoch {self.epoch}, step {self.step}" if self.step else f"epoch {self.epoch}"
+        log.info("Continuing from %s", where)
 
 
 def _weights(config: Config, inputs: int) -> int:

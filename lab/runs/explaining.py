@@ -37,7 +37,11 @@ def explain(folder: Path) -> None:
     shown = {"test": splits.test}
     if splits.masks is not None:
         drawn = splits.masks.flatten(1).any(1)
-        shown |= {name: split for name, split in splits.more.items() if drawn[split.group].any()}
+        shown |= {
+            name: split
+            for name, split in splits.evaluation_sets.items()
+            if drawn[split.group].any()
+        }
     rows: list[dict] = []
     for when, net in networks.items():
         for name, split in shown.items():

@@ -136,7 +136,7 @@ class Splits:
     """All splits of an experiment. All but `train` and `test` may be missing.
 
     target: a small unbiased set for methods that train on it; dfr: the data for retraining;
-    more: further evaluation sets by name.
+    evaluation_sets: further evaluation sets by name.
     cells: (y, a) of every group; num_classes: labels that there are.
     masks: (G, H, W) bool, for every group the pixels on which its shortcut is drawn, or None.
     samples: arrays `pictures` (M, H, W, C) in [0, 1], `y`, `a`, `group`, for looking at.
@@ -154,7 +154,7 @@ class Splits:
     dfr: Split | None = None
     cells: tuple[tuple[int, int], ...] = groups.GROUPS
     num_classes: int = 2
-    more: dict[str, Split] = field(default_factory=dict)
+    evaluation_sets: dict[str, Split] = field(default_factory=dict)
     masks: torch.Tensor | None = None
     samples: dict[str, np.ndarray] = field(default_factory=dict)
     skipped: dict[str, list[int]] = field(default_factory=dict)
@@ -170,7 +170,7 @@ class Splits:
         """The splits that there are, by name."""
         present = {f.name: getattr(self, f.name) for f in fields(self)}
         present = {name: split for name, split in present.items() if isinstance(split, Split)}
-        return present | self.more
+        return present | self.evaluation_sets
 
     def evaluated(self) -> dict[str, Split]:
         """The splits on which the network is evaluated: all but DFR's."""
@@ -179,8 +179,8 @@ class Splits:
     def changed(self, change) -> "Splits":
         """The same with `change(name, split)` in place of every split."""
         changed = {name: change(name, split) for name, split in self.named().items()}
-        more = {name: changed.pop(name) for name in self.more}
-        return replace(self, **changed, more=more)
+        further = {name: changed.pop(name) for name in self.evaluation_sets}
+        return replace(self, **changed, evaluation_sets=further)
 
     def to(self, device) -> "Splits":
         """The same splits with their tensors on `device`."""

@@ -232,7 +232,7 @@ class _Training:
             minibatch_epoch(
                 self.model, self.optimizer, source, self.loss, config.train_batch_size, seed,
                 self.method,
-                first=self.step, after_step=partial(setattr, self, "step"),
+                first=self.step, after_step=self.stepped,
             )  # fmt: skip
         elif self.step == 0:
             losses = metrics.group_losses(self.summaries["train"])
@@ -243,6 +243,10 @@ class _Training:
                     self.model, self.optimizer, source, self.loss, weights, config.eval_batch_size
                 )
                 self.step = 1
+
+    def stepped(self, steps: int) -> None:
+        """So many steps of this epoch are done; called as a part of the step."""
+        self.step = steps
 
     def record(self, epoch: int) -> None:
         """Evaluate, analyse what is due, write the rows."""
@@ -382,7 +386,8 @@ class _Training:
         self.sizes, self.best = state["table_sizes"], state["best"]
         self.lowest = state["lowest"]
         self.load_grams(state["gram_epochs"])
-        log.info("Going on from epoch %d%s", self.epoch, f", step {self.step}" * bool(self.step))
+        where = f"epoch {self.epoch}, step {self.step}" if self.step else f"epoch {self.epoch}"
+        log.info("Continuing from %s", where)
 
     def save_grams(self) -> None:
         """Write `gram.npz`: epochs (E,), labels (16,), K (E, 16, 16).

@@ -230,7 +230,7 @@ def digits_of(splits, name):
 
 def test_evaluation_sets_share_digits_but_not_shortcuts(drawn):
     _, splits = drawn()
-    digits = {name: digits_of(splits, name) for name in ("test", *splits.more)}
+    digits = {name: digits_of(splits, name) for name in ("test", *splits.evaluation_sets)}
     assert digits["test"] == digits["opposite"] == digits["clean"] == digits["all_main"]
     assert set(digits["shortcut_only"]) == {np.zeros_like(splits.masks[0], np.float32)[
         ~splits.masks.any(0).numpy()].tobytes()}  # fmt: skip
@@ -268,7 +268,7 @@ def test_a_given_opposite_and_a_given_set_for_retraining(drawn):
 
 def test_an_empty_mapping_means_no_shortcuts(drawn):
     _, splits = drawn(opposite_spurious_features={}, dfr_spurious_features={})
-    assert splits.more["opposite"].counts == splits.more["clean"].counts
+    assert splits.evaluation_sets["opposite"].counts == splits.evaluation_sets["clean"].counts
     assert set(filled(splits, "dfr")) == set(filled(splits, "clean"))
 
 
@@ -323,7 +323,7 @@ def test_inputs_of_unit_norm_and_pictures_to_look_at(drawn):
     _, splits = drawn(normalize_inputs=True)
     norms = splits.train.inputs.flatten(1).norm(dim=1)
     assert torch.allclose(norms, torch.ones(len(norms)))
-    assert splits.more["clean"].inputs.isfinite().all()
+    assert splits.evaluation_sets["clean"].inputs.isfinite().all()
     shown, counts = splits.samples, splits.train.counts
     assert shown["pictures"].shape[1:] == (28, 28, 1) and shown["pictures"].max() == 1
     assert set(shown["group"]) == {g for g, n in enumerate(counts) if n}

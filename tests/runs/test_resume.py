@@ -416,7 +416,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(go, monkeypatc
     code, lines = go("--resume", str(folder))
     assert code == 0
     assert any(f"{newer}: not readable" in line for line in lines)
-    assert "Going on from epoch 2" in lines
+    assert "Continuing from epoch 2" in lines
     assert_equal(folder, reference)
 
 

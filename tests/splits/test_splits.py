@@ -49,19 +49,22 @@ def test_further_evaluation_sets_are_evaluated_moved_and_told_apart():
     splits = make_splits()
     before = splits.fingerprint()
     splits.dfr = make_split((1, 2, 1, 1))
-    splits.more = {"clean": make_split((2, 0, 2, 0)), "opposite": make_split((0, 2, 0, 2))}
+    splits.evaluation_sets = {
+        "clean": make_split((2, 0, 2, 0)),
+        "opposite": make_split((0, 2, 0, 2)),
+    }
     splits.masks = torch.eye(4).bool()[:, None]
     assert list(splits.evaluated()) == ["train", "test", "clean", "opposite"]
     assert {row["split"] for row in splits.count_rows()} == {*splits.named()}
     changed = splits.changed(lambda name, split: split.subset(torch.arange(1), [1, 0, 0, 0]))
     assert [len(split) for split in changed.named().values()] == [1] * 5
-    assert splits.more["clean"].counts == [2, 0, 2, 0]
+    assert splits.evaluation_sets["clean"].counts == [2, 0, 2, 0]
     moved = splits.to("meta")
-    assert moved.more["clean"].y.is_meta and moved.masks.is_meta and moved.dfr.a.is_meta
+    assert moved.evaluation_sets["clean"].y.is_meta and moved.masks.is_meta and moved.dfr.a.is_meta
     found = {before, splits.fingerprint()}
-    splits.more["clean"].y[0] *= -1
+    splits.evaluation_sets["clean"].y[0] *= -1
     found.add(splits.fingerprint())
-    splits.more = dict(zip(("opposite", "clean"), splits.more.values()))
+    splits.evaluation_sets = dict(zip(("opposite", "clean"), splits.evaluation_sets.values()))
     found.add(splits.fingerprint())
     assert len(found) == 4
 
