@@ -11,15 +11,26 @@ FREE_TO_CHANGE = (
 )  # fmt: skip
 
 
+def _belongs_to_others(config: Config, name: str) -> bool:
+    """Whether only other data sets, networks, … than the configured ones use a key."""
+    kind, users = config.catalogue.users.get(name, (None, {}))
+    if kind is None or kind is Analysis or not kind.selected_by:
+        return False
+    return getattr(config, kind.selected_by) not in users
+
+
 def changes_results(old: Config, new: Config) -> list[str]:
     """One line for every key with a change that a resumed run cannot take.
 
-    `epochs` may grow; `FREE_TO_CHANGE` may change.
+    `epochs` may grow; `FREE_TO_CHANGE` may change, and so may keys that only others than the
+    configured data set, network, method and loss use.
     """
     lines = []
     before, after = old.resolved(), new.resolved()
     for name in after:
         if name not in before:  # of a plugin that the run did not have
+            continue
+        if _belongs_to_others(old, name) and _belongs_to_others(new, name):
             continue
         was, given = before[name], after[name]
         # A schedule over the epochs is another one over more of them.

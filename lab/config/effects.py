@@ -126,7 +126,8 @@ def without_effect(config: Config, given) -> list[str]:
     """Given keys without effect here, one entry a reason: `a, b (only for SCALE)`."""
     idle: dict[str, list[str]] = {}
     for name, (kind, users) in config.catalogue.users.items():
-        if name in given and kind is not Analysis and (reason := _unused(config, kind, users)):
+        selects = kind.selected_by and kind is not Analysis
+        if name in given and selects and (reason := _unused(config, kind, users)):
             idle.setdefault(reason, []).append(name)
     for when, names in CONDITIONS:
         found = [name for name in names if name in given]
