@@ -21,14 +21,12 @@ import re
 import shutil
 import signal
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from lab.config.loading import load_config
 from lab.config.schema import Config
@@ -37,9 +35,10 @@ from lab.features import cache as feature_cache
 from lab.features.backbones import SIDE
 from lab.networks import weights as weight_files
 from lab.splits.splits import Splits
-from lab.system import distributed, files
+from lab.system import cores, distributed, files
 from lab.system.command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code
 from lab.system.errors import ConfigError, DataError, UserError
+from lab.system.progress import Progress
 
 log = logging.getLogger(f"spurious.{__name__}")
 
@@ -263,7 +262,14 @@ class _Entry:
             size = self.job.config.feature_extractor_batch_size
             batches += [(shard, indices[i : i + size]) for i in range(0, len(indices), size)]
         total = sum(len(indices) for _, indices in batches)
-        with _Progress(f"{self.split} features", total) as progress:
+        with Progress(
+            log,
+            "{text}: {done} of {total} pictures, {rate:.1f} a second, {left:.0f} s left",
+            total,
+            unit=" pictures",
+            every_seconds=PLAIN_SECONDS,
+        ) as progress:
+            extracted = 0
             decoded = _decoded(
                 self.pictures, [b for _, b in batches], self.job.config, backbone.device
             )
@@ -280,7 +286,8 @@ class _Entry:
                     feature_cache.write(
                         self._part(shard), [features], {"key": self._part_key(shard)}
                     )
-                progress.advance(len(indices))
+                extracted += len(indices)
+                progress.show(extracted, f"{self.split} features")
 
     def _merge(self) -> None:
         """Write the cache file from its shards, one at a time, and remove them."""
@@ -378,11 +385,7 @@ def _leave_signals_to_main(_) -> None:
 
 def _decoded(pictures, batches, config: Config, device: torch.device):
     """Yields (B, 3, 224, 224) uint8 for every list of indices, decoded ahead in processes."""
-    workers = config.num_workers
-    if workers is None:
-        usable = getattr(os, "sched_getaffinity", None)
-        cores = len(usable(0)) if usable else os.cpu_count() or 1
-        workers = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = cores.available() if config.num_workers is None else config.num_workers
     loader = DataLoader(
         _Decoding(pictures),
         batch_sampler=batches,
@@ -396,41 +399,6 @@ def _decoded(pictures, batches, config: Config, device: torch.device):
         if isinstance(batch, UserError):
             raise batch
         yield batch
-
-
-class _Progress:
-    """Pictures a second and time left: a live bar on a terminal, plain log lines elsewhere."""
-
-    def __init__(self, what: str, total: int):
-        self.what, self.total, self.live = what, total, sys.stderr.isatty()
-
-    def __enter__(self):
-        self.start = self.said = time.perf_counter()
-        self.bar = tqdm(
-            total=self.total,
-            desc=self.what,
-            unit=" pictures",
-            disable=not self.live or distributed.rank() > 0,
-            dynamic_ncols=True,
-        )
-        self.done = 0
-        return self
-
-    def __exit__(self, *exception):
-        self.bar.close()
-
-    def advance(self, pictures: int) -> None:
-        self.bar.update(pictures)
-        self.done += pictures
-        now = time.perf_counter()
-        if now - self.said > PLAIN_SECONDS or self.done == self.total:
-            self.said = now
-            rate = self.done / (now - self.start)
-            log.log(
-                logging.DEBUG if self.live else logging.INFO,
-                "%s: %d of %d pictures, %.1f a second, %.0f s left",
-                self.what, self.done, self.total, rate, (self.total - self.done) / rate,
-            )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,14 +10,11 @@ does: batches derive from (seed, epoch), so no generator's state has to survive.
 
 import logging
 import math
-import sys
-import time
 import zipfile
 from functools import partial
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lab import methods
 from lab.analyses import gram
@@ -30,6 +27,7 @@ from lab.splits.splits import Split, Splits
 from lab.system import distributed, files
 from lab.system.command import Stopped, whole_step
 from lab.system.errors import DataError, UserError
+from lab.system.progress import Progress
 from lab.training import checkpoints
 
 log = logging.getLogger(f"spurious.{__name__}")
@@ -180,7 +178,14 @@ class _Training:
     def all_epochs(self):
         self.restore()
         try:
-            with _Progress(self.epoch, self.config.epochs) as progress:
+            with Progress(
+                log,
+                "epoch {done}/{total}  {text}  {left:.0f} s left",
+                self.config.epochs,
+                start=self.epoch,
+                bar="epoch {n_fmt}/{total_fmt} {bar} {desc} {remaining} left",
+                every_steps=max(1, math.ceil(self.config.epochs / PLAIN_LINES)),
+            ) as progress:
                 while not self.finished:
                     epoch = self.epoch + 1
                     if epoch:
@@ -188,7 +193,7 @@ class _Training:
                             self.train_epoch(epoch)
                     with self.run.timed("evaluation and analyses", epoch):
                         self.record(epoch)
-                    progress.show(epoch, self.summaries)
+                    progress.show(epoch, shown(self.summaries))
                     if self.checkpoint_is_due():
                         self.checkpoint()
             if self.out_of_patience:
@@ -459,42 +464,13 @@ def has_minority(splits: Splits) -> bool:
     return all(part.in_minority.any() for part in parts)
 
 
-class _Progress:
-    """One live bar on a terminal, plain log lines elsewhere."""
-
-    def __init__(self, done: int, epochs: int):
-        self.done, self.epochs, self.live = done, epochs, sys.stderr.isatty()
-        self.every = 1 if self.live else max(1, math.ceil(epochs / PLAIN_LINES))
-        self.start = time.perf_counter()
-
-    def __enter__(self):
-        self.bar = tqdm(
-            total=self.epochs,
-            disable=not self.live or distributed.rank() > 0,
-            dynamic_ncols=True,
-            bar_format="epoch {n_fmt}/{total_fmt} {bar} {desc} {remaining} left",
-        )
-        return self
-
-    def __exit__(self, *exception):
-        self.bar.close()
-
-    def show(self, epoch: int, summaries) -> None:
-        train, test = summaries["train"], summaries["test"]
-        name, accuracy = ("worst", test["worst_acc"])
-        if len(metrics.group_losses(test)) > 4 and not math.isnan(
-            test["minority_acc"]
-        ):  # the worst of many small groups says nothing
-            name, accuracy = ("minority", test["minority_acc"])
-        text = (
-            f"loss {train['avg_loss']:.3g}, test {test['avg_loss']:.3g}, "
-            f"test {name} acc {accuracy:.3f}"
-        )
-        if self.live:
-            self.bar.n = epoch
-            self.bar.set_description_str(text)
-        if epoch % self.every == 0 or epoch == self.epochs:
-            each = (time.perf_counter() - self.start) / (epoch - self.done)
-            left = each * (self.epochs - epoch)
-            level = logging.DEBUG if self.live else logging.INFO
-            log.log(level, "epoch %d/%d  %s  %.0f s left", epoch, self.epochs, text, left)
+def shown(summaries) -> str:
+    """The losses and the accuracy of an epoch that the progress bar shows."""
+    train, test = summaries["train"], summaries["test"]
+    name, accuracy = "worst", test["worst_acc"]
+    if len(metrics.group_losses(test)) > 4 and not math.isnan(test["minority_acc"]):
+        # The worst of many small groups says nothing.
+        name, accuracy = "minority", test["minority_acc"]
+    return (
+        f"loss {train['avg_loss']:.3g}, test {test['avg_loss']:.3g}, test {name} acc {accuracy:.3f}"
+    )
