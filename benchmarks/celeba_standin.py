@@ -4,8 +4,8 @@
 
 Every attribute is a patch at a place of its own, brighter where a face has it. A planted pair
 label:shortcut agrees in a share `AGREE` of the faces (-1: disagrees), and the label's patch is
-fainter than the shortcut's and so noisy that it tells the label in 84 % of the faces only: a
-network takes to the shortcut first, and gains by it. All others are independent and clear.
+fainter than the shortcut's and so noisy that it shows the label in only 84 % of the faces: a
+network learns the shortcut first, and gains by it. All others are independent and clear.
 """
 
 import csv

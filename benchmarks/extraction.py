@@ -25,8 +25,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lab.evaluation.losses import LOGISTIC
-
 BATCH = 64
 
 
@@ -73,6 +71,7 @@ def ours(data_dir: Path, folder: Path, fraction: float) -> dict:
     import torch
 
     from lab.data_sets.sources import waterbirds
+    from lab.evaluation.losses import LOGISTIC
     from lab.features import extraction as feature_extractor
     from lab.networks import building
     from lab.splits.pictures import Pictures

@@ -4,7 +4,7 @@
 
 Every killed run must have only readable files at that moment; resumed (and perhaps killed again)
 until it is done, its tables must equal the uninterrupted run's byte for byte, and every row that
-it had reported before must be there. Prints one line a kill and ends with 1 if anything differs.
+it had reported before must be present. Prints one line per kill; exit code 1 if anything differs.
 """
 
 import json
@@ -37,10 +37,10 @@ COMPARED = (
 )  # fmt: skip
 APPENDED = ("training_history.csv", "analysis.csv")
 
-# A server that has imported everything once and forks: a run starts in no time.
+# A server that has imported everything once and forks, so that runs start at once.
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
-    ["main", "trackers", "trainer", "dfr", "tracking", "plotting", "data_loader"]
+    ["main", "data_loader", "trainer", "dfr", "plotting", "lab.runs.run", "lab.runs.trackers"]
 )
 
 
@@ -48,7 +48,7 @@ def _run(arguments, log) -> None:
     import main
     from lab.figures import drawing
 
-    # Two figures instead of all: those take longer than the rest and would get most of the kills.
+    # Two figures instead of all, which take longer than the rest and would get most of the kills.
     drawing.FIGURES = {name: drawing.FIGURES[name] for name in ("training_history", "dfr")}
     sys.stdout = sys.stderr = open(log, "a")  # noqa: SIM115, until the process ends
     sys.exit(main.main(arguments))
@@ -81,7 +81,7 @@ def read_everything(folder: Path) -> None:
 
 
 def reported(folder: Path) -> dict[str, set[str]]:
-    """The whole lines of the growing tables, without those of `measured` that are to come."""
+    """The complete lines of the growing tables, without values of `measured` not yet known."""
     found = {}
     for name in APPENDED:
         path = folder / name
@@ -98,9 +98,9 @@ def differences(folder: Path, reference: Path) -> list[str]:
         if _content(folder / name) != _content(reference / name)
     ]  # fmt: skip
     for name in ("gram.npz", "dfr_model.npz", "samples.npz"):
-        there = [(place / name).exists() for place in (folder, reference)]
-        if there != [True, True]:
-            found += [name] * (there[0] != there[1])
+        present = [(place / name).exists() for place in (folder, reference)]
+        if not all(present):
+            found += [name] if any(present) else []
             continue
         with (
             np.load(folder / name, allow_pickle=False) as a,

@@ -8,6 +8,7 @@ of chosen `spurious_strength`, a small target set and test data without the corr
 """
 
 import logging
+from typing import cast
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from lab.config.seeds import derive_seed
 from lab.data_sets import official
 from lab.data_sets.sources import celeba as source_of
 from lab.splits import groups
+from lab.splits.pictures import Pictures
 from lab.splits.splits import Split, Splits, Task
 from lab.system.errors import DataError
 
@@ -61,8 +63,8 @@ def load(config: Config) -> Splits:
 def _task(source, text: str, train: np.ndarray, orient: bool) -> tuple[Task, np.ndarray]:
     """The task of a grouping `label:shortcut,…`, and the group (N,) of every face.
 
-    orient: turn the one shortcut round where it goes against the label; the minority is y ≠ a then,
-    also where the two are independent.
+    orient: swap the values of the single shortcut where it correlates negatively with the label;
+    the minority is y ≠ a then, even if the two are independent.
     """
     label, _, rest = text.partition(":")
     shortcuts = rest.split(",")
@@ -76,7 +78,7 @@ def _task(source, text: str, train: np.ndarray, orient: bool) -> tuple[Task, np.
     k = len(shortcuts)
     a = (bits * 2 ** np.arange(k)[::-1, None]).sum(0)
     group = np.where(y > 0, 2**k, 0) + a
-    combined = [[]]
+    combined: list[list[str]] = [[]]
     for pair in names:
         combined = [[*before, name] for before in combined for name in pair]
     group_names = [
@@ -102,7 +104,7 @@ def _drawn(group: np.ndarray, pool: dict, names: list[str], config: Config) -> d
         n: [rng.permutation(rows[group[rows] == g]) for g in range(4)] for n, rows in pool.items()
     }
     most, s = config.celeba_majority_samples, config.spurious_strength
-    # Smaller strengths ask for more faces than there are, too.
+    # A strength of 0 would need infinitely many faces; 1e-9 needs too many, which is reported.
     few = round(most * (1 - s) / max(s, 1e-9))
     wanted = {
         "target": ("train", "val_target_size", [config.val_target_size // 8] * 4),
@@ -110,17 +112,17 @@ def _drawn(group: np.ndarray, pool: dict, names: list[str], config: Config) -> d
     }
     for name in ("val", "test"):
         n, smallest = getattr(config, f"num_{name}_samples"), min(map(len, left[name]))
-        # At least one of each, so that a group without any is told.
+        # At least one of each, so that an empty group is reported.
         counts = [max(smallest, 1)] * 4 if n is None else groups.split_counts(n, [1 / 4] * 4)
         wanted[name] = (name, f"num_{name}_samples", counts)
     drawn, problems = {}, []
     for name, (origin, key, counts) in wanted.items():
         for g, count in enumerate(counts):
-            there = len(left[origin][g])
-            if count > there:
+            available = len(left[origin][g])
+            if count > available:
                 problems.append(
-                    f"{key}: {count} faces of ({names[g]}) are needed for {name}, but {there} are "
-                    "left in their official split; lower it"
+                    f"{key}: {count} faces of ({names[g]}) are needed for {name}, but {available} "
+                    "are left in their official split; lower it"
                     + (", or raise spurious_strength" if name == "train" and g in (1, 2) else "")
                 )
         taken = [rows[:count] for rows, count in zip(left[origin], counts)]
@@ -132,8 +134,8 @@ def _drawn(group: np.ndarray, pool: dict, names: list[str], config: Config) -> d
 
 
 def _label_all(split: Split, tasks, by_task) -> None:
-    """Give a split the labels, attributes and groups of all tasks, (N, tasks)."""
-    rows = split.inputs.rows
+    """Set the labels, attributes and groups of all tasks, (N, tasks), of a split."""
+    rows = cast(Pictures, split.inputs).rows
     groups_of = torch.from_numpy(np.stack([group[rows] for group in by_task], axis=1))
     split.task_groups = groups_of
     columns = [

@@ -14,9 +14,10 @@ from lab.data_sets.drawing import (
     labels,
     prepared,
     shown,
+    tensor_of,
 )
 from lab.data_sets.sources import mnist
-from lab.splits.pictures import LUMA
+from lab.splits.pixels import LUMA
 from lab.splits.splits import Split, Splits
 
 
@@ -44,7 +45,7 @@ def load(config: Config) -> Splits:
         train=prepared(_colour(train_digits.images, train, config), config),
         test=prepared(_colour(test_digits.images, test, config), config),
         group_names=["digit < 5, green", "digit < 5, red", "digit ≥ 5, green", "digit ≥ 5, red"],
-        samples=shown(samples, samples.inputs),
+        samples=shown(samples, tensor_of(samples)),
         facts={"mnist": config.mnist_source},
     )
     if sum(map(len, val)):

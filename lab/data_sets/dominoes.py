@@ -10,6 +10,7 @@ ones have four equal groups. No picture and no digit is in two splits (`dfr` can
 """
 
 import logging
+from typing import cast
 
 import numpy as np
 import torch
@@ -50,20 +51,23 @@ def load(config: Config) -> Splits:
     digits = mnist.load(config.mnist_source, config.data_dir)
     *pictures, origin = cifar10.load(config.data_dir, classes, config.num_workers)
 
-    pools = [_pool(part, found.labels, classes, config) for part, found in zip(PARTS, pictures)]
+    pool, test_pool = (
+        _pool(part, found.labels, classes, config) for part, found in zip(PARTS, pictures)
+    )
     if ten:
-        members = _paired_by_class(*pools, digits[1].labels, config)
+        members = _paired_by_class(pool, test_pool, digits[1].labels, config)
     else:
-        members = _paired_by_moments(*pools, config)
+        members = _paired_by_moments(pool, test_pool, config)
     if not sum(map(len, members["train"])):
         raise DataError(
-            f"val_target_size: {config.val_target_size} pictures are all that there are; lower it"
+            f"val_target_size: given {config.val_target_size}, which leaves no picture to train "
+            "on; lower it"
         )
     members["train"], held_out = hold_out(members["train"], config)
     if sum(map(len, held_out)):
         members["dfr"] = held_out
 
-    there = {}
+    made: dict[str, Split] = {}
     for part, found, drawings in zip(PARTS, pictures, digits):
         rows = {name: m for name, m in members.items() if (name == "test") == (part == "test")}
         counts = {name: [len(group) for group in m] for name, m in rows.items()}
@@ -76,15 +80,15 @@ def load(config: Config) -> Splits:
                 grayscale=config.use_grayscale,
                 scaling=scaling(config),
             )
-            there[name] = Split(inputs, *labels(counts[name], cells), counts[name])
-    if config.dfr_val_split_strategy == "target" and "target" in there:
-        there["dfr"] = there["target"]
-    return Splits(
-        **there,
+            made[name] = Split(inputs, *labels(counts[name], cells), counts[name])
+    if config.dfr_val_split_strategy == "target" and "target" in made:
+        made["dfr"] = made["target"]
+    return Splits.from_named(
+        made,
         group_names=[f"{name}, {digit}" for name in classes for digit in range(len(classes))],
         cells=cells,
         num_classes=len(classes),
-        samples=_samples(there["train"], cells),
+        samples=_samples(made["train"], cells),
         facts={"cifar10": origin, "mnist": config.mnist_source},
     )
 
@@ -128,14 +132,14 @@ def _paired_by_class(pool: Pool, test_pool: Pool, test_digits, config: Config) -
     drawn["train"] = rows, y, a
 
     rows, y = _of_each_class(test_pool, "num_test_samples", config.num_test_samples)
-    # The digits of the test part as often as they are there; again only where they are too few.
+    # Every digit of the test part once, and again only where they are too few.
     order = generator("test").permutation(len(test_digits))
     drawn["test"] = rows, y, test_digits[np.resize(order, len(y))].astype(int)
     return {n: [rows[10 * y + a == g] for g in range(100)] for n, (rows, y, a) in drawn.items()}
 
 
 def _of_each_class(pool: Pool, key: str, n: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """n pictures, as many of each class, and their classes; null: as many as there are."""
+    """n pictures, equally many of each class, and their classes; None: as many as possible."""
     n = 10 * min(map(len, pool.left.values())) if n is None else n
     counts = groups.split_counts(n, [1 / 10] * 10)
     taken = pool.take(key, dict(enumerate(counts)))
@@ -145,8 +149,8 @@ def _of_each_class(pool: Pool, key: str, n: int | None) -> tuple[np.ndarray, np.
 def _deal_digits(found, counts: dict[str, list[int]], cells, part: str, config: Config) -> dict:
     """Digits for splits with these group counts: {split: rows (N,), group by group}.
 
-    found: the digits' labels. Each is dealt once; where there are too few, every split gets its
-    share of them and uses them again and again.
+    found: the digits' labels. Each digit is dealt once; if they are too few, every split gets its
+    share of them and uses them repeatedly.
     """
     rng = np.random.default_rng(derive_seed(config.seed, "digits", part))
     dealt = {name: [np.empty(0, dtype=int)] * len(cells) for name in counts}
@@ -176,14 +180,14 @@ def _deal_digits(found, counts: dict[str, list[int]], cells, part: str, config: 
     return {name: np.concatenate(rows) for name, rows in dealt.items()}
 
 
-def _shares(there: int, needed: list[int]) -> list[int] | None:
-    """How many of these things each gets: what it needs, or in proportion, but at least one."""
-    if sum(needed) <= there:
+def _shares(available: int, needed: list[int]) -> list[int] | None:
+    """What each gets: as much as it needs, else in proportion but at least one; None: too few."""
+    if sum(needed) <= available:
         return needed
     least = [min(need, 1) for need in needed]
-    if sum(least) > there:
+    if sum(least) > available:
         return None
-    rest = groups.split_counts(there - sum(least), groups.shares(needed))
+    rest = groups.split_counts(available - sum(least), groups.shares(needed))
     return [one + more for one, more in zip(least, rest)]
 
 
@@ -200,6 +204,7 @@ def _samples(split: Split, cells) -> dict[str, np.ndarray]:
             left[y] -= limits[-1]
     index = [torch.arange(s.start, s.start + n) for s, n in zip(split.slices, limits)]
     few = split.subset(torch.cat(index), limits)
-    few.inputs.scaling = None
-    pictures = few.inputs[:]
+    inputs = cast(Composites, few.inputs)  # a copy, made by `subset`
+    inputs.scaling = None
+    pictures = inputs[:]
     return shown(few, F.avg_pool2d(pictures, 2) if pictures.shape[-1] == 224 else pictures)

@@ -1,4 +1,10 @@
-"""What data sets share: drawing samples to group counts, hold-outs, labels, samples to look at."""
+"""What data sets share: drawing samples by group, setting a part aside for DFR, labels, scaling.
+
+A data set draws the samples of its splits from a `Pool` per part of its source (training, test),
+without replacement, so that no sample is in two splits.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,8 +21,8 @@ CHUNK = 4096  # pictures at once
 class Pool:
     """Samples of one part of a source, drawn by label without replacement in a seeded order.
 
-    labels: (N,) of all its samples; names: what the samples of each label are called; place: what
-    the part is called.
+    labels: (N,) of all its samples; names, place: what messages call the samples of each label,
+    and the part.
     """
 
     def __init__(self, labels: np.ndarray, names: dict[int, str], place: str, seed: int):
@@ -26,16 +32,20 @@ class Pool:
         self.left = {label: rng.permutation(np.flatnonzero(labels == label)) for label in names}
 
     def take(self, key: str, counts: dict[int, int]) -> dict[int, np.ndarray]:
-        """So many samples of each label. Raises `DataError` that names the key and earlier ones."""
+        """Indices of `counts` samples of each label.
+
+        key: of the configuration, which asks for them. Raises `DataError` that names it, and the
+        keys of earlier draws, when too few samples are left.
+        """
         self.drawn.append(key)
         problems = []
         for label, needed in counts.items():
-            there = len(self.left[label])
-            if needed > there:
+            available = len(self.left[label])
+            if needed > available:
                 others = " or ".join(dict.fromkeys(reversed(self.drawn)))
                 problems.append(
                     f"{key}: {sum(counts.values())} samples need {needed} {self.names[label]}, but "
-                    f"{self.place} has {there} left; lower {others}"
+                    f"{self.place} has {available} left; lower {others}"
                 )
         if problems:
             raise DataError(*problems)
@@ -45,7 +55,7 @@ class Pool:
         return taken
 
     def take_groups(self, key: str, counts: list[int]) -> list[np.ndarray]:
-        """So many samples of each of the four groups, whose labels are -1 and +1."""
+        """Like `take`, of each of the four groups, whose labels are -1 and +1."""
         taken = self.take(key, _by_label(counts))
         members = []
         for (y, _), count in zip(groups.GROUPS, counts):
@@ -53,8 +63,8 @@ class Pool:
             taken[y] = taken[y][count:]
         return members
 
-    def most(self, share) -> int:
-        """The largest number of samples in these shares of the four groups that there are."""
+    def most(self, share: Sequence[float]) -> int:
+        """The largest number of samples that can be drawn with these shares of the four groups."""
         n = sum(map(len, self.left.values()))
         while not all(
             needed <= len(self.left[y])
@@ -64,7 +74,8 @@ class Pool:
         return n
 
 
-def _by_label(counts) -> dict[int, int]:
+def _by_label(counts: Sequence[int]) -> dict[int, int]:
+    """Samples of each label -1 and +1, from those of the four groups."""
     return {y: sum(n for (gy, _), n in zip(groups.GROUPS, counts) if gy == y) for y in (-1, 1)}
 
 
@@ -82,10 +93,11 @@ def draw_to_moments(pool: Pool, split: str, config: Config) -> list[np.ndarray]:
     return pool.take_groups(f"num_{split}_samples", counts)
 
 
-def hold_out(train: list[np.ndarray], config: Config):
-    """(what is trained on, what is set aside for DFR), both per group, from the training samples.
+def hold_out(train: list[np.ndarray], config: Config) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """(training samples, samples set aside for DFR), both by group.
 
     Only split_from_train sets samples aside: the last round(dfr_val_ratio · n_g) of each group.
+    Raises `DataError` when none are left to train on.
     """
     held_out = [np.empty(0, dtype=int)] * len(train)
     if config.dfr_val_split_strategy == "split_from_train":
@@ -97,8 +109,10 @@ def hold_out(train: list[np.ndarray], config: Config):
     return train, held_out
 
 
-def labels(counts, cells=groups.GROUPS) -> tuple[torch.Tensor, torch.Tensor]:
-    """y and a of samples stored group by group, with these group counts."""
+def labels(
+    counts: Sequence[int], cells: tuple[tuple[int, int], ...] = groups.GROUPS
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y and a (N,) of samples stored group by group, with these group counts."""
     y, a = torch.tensor(cells).T
     if min(label for label, _ in cells) < 0:  # -1 and +1, not class indices
         y = y.float()
@@ -108,22 +122,28 @@ def labels(counts, cells=groups.GROUPS) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def scaling(config: Config) -> str | None:
-    """How pictures that are made when used are scaled; extractors take them as they are."""
+    """How pictures that are made when they are indexed are scaled; not at all for an extractor."""
     if config.use_feature_extractor:
         return None
     if config.normalize_inputs:
         return "norm"
-    # Networks that take 224 pixels of Dominoes expect values from 0 to 1, as of other pictures.
     return "channels" if config.channels_standardised else None
 
 
 def prepared(split: Split, config: Config) -> Split:
-    """The split with inputs scaled to unit L2 norm, in place, unless switched off."""
+    """The split with its tensor of inputs scaled to unit L2 norm, in place, if configured."""
     if config.normalize_inputs and not config.use_feature_extractor:
-        for inputs in split.inputs.flatten(1).split(CHUNK):
-            # An all-zero picture has no direction; it stays zero.
+        for inputs in tensor_of(split).flatten(1).split(CHUNK):
+            # An all-zero input has no direction; it stays zero.
             inputs /= inputs.norm(dim=1, keepdim=True).clamp_min(torch.finfo(inputs.dtype).tiny)
     return split
+
+
+def tensor_of(split: Split) -> torch.Tensor:
+    """The inputs of a split whose inputs are a tensor."""
+    if not isinstance(split.inputs, torch.Tensor):
+        raise TypeError(f"inputs are {type(split.inputs).__name__}, not a tensor")
+    return split.inputs
 
 
 def shown(split: Split, pictures: torch.Tensor) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Data sets of pictures with official splits: what they share."""
+"""What data sets of pictures with official splits share: caps, unreadable pictures, lazy splits."""
 
 import logging
 
@@ -18,7 +18,7 @@ SPLITS = ("train", "val", "test")
 
 
 def capped(pool: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]:
-    """Of the rows of each official split a random subset of `num_<split>_samples`."""
+    """A random subset of `num_<split>_samples` (null: all) of the rows of each official split."""
     drawn = {}
     for name, rows in pool.items():
         rng = np.random.default_rng(derive_seed(config.seed, "pictures", name))
@@ -29,11 +29,11 @@ def capped(pool: dict[str, np.ndarray], config: Config) -> dict[str, np.ndarray]
 def splits(source, group: np.ndarray, drawn: dict, config: Config, *, tasks, **facts) -> Splits:
     """Splits of these pictures, group by group, with a part of training set aside for DFR.
 
-    source: see `pictures`, with `metadata`, where its table stands; group: (N,) of every picture;
-    drawn: rows of each split, in random order; tasks: the `splits.Task`, of which the first has
-    these groups. Pictures are decoded when they are used, so an unreadable one raises `DataError`
-    then; with on_bad_image: skip all that are needed are decoded here once, and unreadable ones
-    left out.
+    source: a `pictures.Source` with `metadata`, the path of its table for messages; group: (N,) of
+    every picture; drawn: rows of each split, in random order; tasks: the `splits.Task`s, of which
+    the first has these groups. Pictures are decoded when they are used, so an unreadable one raises
+    `DataError` then; with on_bad_image: skip, all pictures of the splits are decoded here once,
+    and unreadable ones left out.
     """
     cells = tasks[0].cells
     bad = _unreadable(source, np.unique(np.concatenate([*drawn.values()])), config)
@@ -69,10 +69,10 @@ def splits(source, group: np.ndarray, drawn: dict, config: Config, *, tasks, **f
         [rows[:SAMPLES_PER_GROUP] for rows in members["train"]], grayscale=config.use_grayscale
     )
     options = {"grayscale": config.use_grayscale, "scaling": scaling(config)}
-    there = {name: split(rows, **options) for name, rows in members.items() if sum(map(len, rows))}
+    nonempty = {name: rows for name, rows in members.items() if sum(map(len, rows))}
     pixels = samples.inputs[:]
-    return Splits(
-        **there,
+    return Splits.from_named(
+        {name: split(rows, **options) for name, rows in nonempty.items()},
         group_names=tasks[0].group_names,
         cells=cells,
         tasks=tasks,
@@ -83,7 +83,7 @@ def splits(source, group: np.ndarray, drawn: dict, config: Config, *, tasks, **f
 
 
 def _unreadable(source, rows: np.ndarray, config: Config) -> np.ndarray:
-    """Those of these pictures of a source to be left out: with on_bad_image: error none."""
+    """Which of these pictures to leave out as unreadable: none with on_bad_image: error."""
     if config.on_bad_image == "error":
         source.check_missing()
         return np.empty(0, dtype=int)

@@ -12,7 +12,15 @@ import torch
 from lab.config.keys import Lines, NoShortcut, SpuriousFeature, Square
 from lab.config.schema import Config
 from lab.config.seeds import derive_seed
-from lab.data_sets.drawing import SAMPLES_PER_GROUP, Pool, hold_out, labels, prepared, shown
+from lab.data_sets.drawing import (
+    SAMPLES_PER_GROUP,
+    Pool,
+    hold_out,
+    labels,
+    prepared,
+    shown,
+    tensor_of,
+)  # fmt: skip
 from lab.data_sets.sources import mnist
 from lab.splits import groups
 from lab.splits.splits import Split, Splits
@@ -23,7 +31,7 @@ WHITE = 255
 
 
 def mask(shortcut: Shortcut) -> np.ndarray:
-    """The pixels that a shortcut takes on an empty picture, (28, 28) bool.
+    """The pixels that a shortcut covers on an empty picture, (28, 28) bool.
 
     Squares lie in their corner without a margin; lines are the rows or columns 0, distance, ….
     """
@@ -51,7 +59,7 @@ def draw(digits: np.ndarray, shortcut: Shortcut) -> np.ndarray:
 
 
 def names(shortcuts: list[Shortcut]) -> list[str]:
-    """What shortcuts are called; a square's size is told where it takes that to tell them apart."""
+    """Names of shortcuts for people; with a square's size where several have the same position."""
     found = []
     for shortcut in shortcuts:
         if shortcut.kind == "square":
@@ -61,7 +69,7 @@ def names(shortcuts: list[Shortcut]) -> list[str]:
         else:
             found.append("no shortcut")
     return [
-        f"{name} {shortcut.size}" if found.count(name) > 1 else name
+        f"{name} {shortcut.size}" if shortcut.kind == "square" and found.count(name) > 1 else name
         for name, shortcut in zip(found, shortcuts)
     ]
 
@@ -78,8 +86,8 @@ def distinct_shortcuts(*mappings: dict[str, SpuriousFeature] | None) -> list[Sho
 
 
 def shares(feature: SpuriousFeature, n: int) -> list[tuple[Shortcut, int]]:
-    """(shortcut, how many) for n digits of a label: ⌊n·probability⌋ get the main one, exactly."""
-    # The decimal number that stands in the configuration, not the float next to it.
+    """(shortcut, count) for n digits of a label: ⌊n·probability⌋ get the main one, exactly."""
+    # The decimal number in the configuration, not the nearest float.
     main = int(n * Fraction(str(feature.probability)))
     return [(feature.main, main), (feature.minority or NONE, n - main)]
 
@@ -112,7 +120,7 @@ def load(config: Config) -> Splits:
     opposite = config.opposite_spurious_features
     if opposite is None:
         opposite = {label: exchanged(f) for label, f in features.items()}
-    # Digits by label, what is drawn on them, and whether they are left out.
+    # Digits by label, what is drawn on them, and whether the digits themselves are left out.
     training = {
         "train": (train, features, config.only_spurious),
         "val": (val, features, config.only_spurious),
@@ -126,29 +134,25 @@ def load(config: Config) -> Splits:
         "shortcut_only": (test, main, True),
     }
     drawing = _Drawing(config)
-    there = {}
+    made = {}
     for part, sets in (("training", training), ("test", evaluation)):
         for name, (rows, mapping, blank) in sets.items():
             if sum(map(len, rows)):
-                # The evaluation sets are of the same digits in the same order.
+                # The evaluation sets consist of the same digits in the same order.
                 purpose = name if part == "training" else part
                 members = drawing.members(rows, mapping, purpose)
-                there[name] = drawing.split(digits[part].images, members, blank)
+                made[name] = drawing.split(digits[part].images, members, blank)
                 if name == "train":
                     few = [group[:SAMPLES_PER_GROUP] for group in members]
-                    samples = drawing.split(digits[part].images, few, blank)
-    samples = shown(samples, samples.inputs)
-    there = {name: prepared(split, config) for name, split in there.items()}
-    further = {name: there.pop(name) for name in evaluation if name != "test"}
+                    examples = drawing.split(digits[part].images, few, blank)
     called = names(drawing.shortcuts)
-    return Splits(
-        **there,
-        evaluation_sets=further,
+    return Splits.from_named(
+        {name: prepared(split, config) for name, split in made.items()},
         group_names=[f"{config.labels[y]}, {called[a]}" for y, a in drawing.cells],
         cells=drawing.cells,
         num_classes=len(config.labels),
         masks=torch.from_numpy(np.stack([mask(drawing.shortcuts[a]) for _, a in drawing.cells])),
-        samples=samples,
+        samples=shown(examples, tensor_of(examples)),
         facts={"mnist": config.mnist_source},
     )
 
@@ -208,7 +212,7 @@ def _pool(part: str, found: np.ndarray, config: Config) -> Pool:
 
 
 def _take(pool: Pool, key: str, config: Config) -> list[np.ndarray]:
-    """Digits of each label, equally many (up to one); null: as many as there are of each."""
+    """Digits of each label, equally many (up to one); null: as many as possible."""
     n, number = getattr(config, key), len(config.labels)
     if n is None:
         n = number * min(map(len, pool.left.values()))

@@ -41,7 +41,7 @@ def batches(split: Split, plan: Iterable) -> Iterator[tuple]:
     plan = list(plan)
     inputs, indices = split.inputs, [index for _, index in plan]
     if isinstance(inputs, torch.Tensor):
-        loaded = (inputs[index] for index in indices)
+        loaded: Iterator[torch.Tensor] = map(inputs.__getitem__, indices)
     else:
         loaded = inputs.batches(indices)
     for (tag, index), x in zip(plan, loaded):

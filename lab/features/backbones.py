@@ -21,7 +21,7 @@ from lab.config.schema import Config
 from lab.config.seeds import derive_seed
 from lab.networks import weights as weight_files
 from lab.networks.weights import EXTRACTOR_KEY, TORCHVISION
-from lab.splits.pictures import IMAGENET_MEAN, IMAGENET_STD
+from lab.splits.pixels import IMAGENET_MEAN, IMAGENET_STD
 from lab.system.errors import ConfigError
 
 log = logging.getLogger(f"spurious.{__name__}")

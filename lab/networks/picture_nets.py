@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lab.config.schema import Config
-from lab.splits.pictures import IMAGENET_MEAN, IMAGENET_STD
+from lab.splits.pixels import IMAGENET_MEAN, IMAGENET_STD
 
 
 class PictureNet(nn.Module):

@@ -1,6 +1,6 @@
 """The logistic regressions of DFR, by scikit-learn, in parallel processes.
 
-A module of its own, so that the worker processes import neither torch nor the project. Processes
+A module of its own, so that the worker processes import no torch. Processes
 and not threads: liblinear draws its random numbers from one generator a process, and threads
 would make the result depend on their timing.
 """
@@ -9,9 +9,11 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-from joblib import Parallel, cpu_count, delayed
+from joblib import Parallel, delayed
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+
+from lab.system import cores
 
 MAX_ITERATIONS = 1000
 
@@ -51,7 +53,7 @@ def fit(features, labels, rows, penalty: str, c: float, seed: int) -> Fit:
 
 
 def fit_all(features, labels, tasks, penalty: str, workers: int | None) -> list[Fit]:
-    """Fits for tasks (rows, c, seed), in their order; `workers` None = one a core.
+    """Fits for tasks (rows, c, seed), in their order; `workers` None: one per available core.
 
     labels (N,): float -1 and +1, or class indices, of which each is fitted against the rest.
     """
@@ -59,7 +61,7 @@ def fit_all(features, labels, tasks, penalty: str, workers: int | None) -> list[
     targets = [labels]
     if several:
         targets = [np.where(labels == k, 1.0, -1.0) for k in range(labels.max() + 1)]
-    workers = min(workers or cpu_count(), len(tasks) * len(targets))
+    workers = min(workers or cores.available(), len(tasks) * len(targets))
     fits = Parallel(n_jobs=workers)(
         delayed(fit)(features, target, rows, penalty, c, seed)
         for rows, c, seed in tasks

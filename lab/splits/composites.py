@@ -1,6 +1,6 @@
-"""Pictures made of two: a digit above a picture, put together when they are asked for.
+"""Composites as inputs: a digit above a picture, put together when they are used.
 
-What is kept are the bytes of the digits and of the pictures. Both layouts are computed in whole
+Only the bytes of the digits and of the pictures are kept. Both layouts are computed in whole
 numbers, so that they depend neither on the batch nor (unless TF32 is switched on) on the device.
 """
 
@@ -8,15 +8,16 @@ import copy
 import functools
 import hashlib
 import json
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lab.splits.pictures import BATCH_BYTES, LUMA, scale_
+from lab.splits.pixels import LUMA, luminance, max_batch, scale_
 from lab.system.picture_files import SIDE
 
-DIGIT, PICTURE = 28, 32  # sides of what is put together
+DIGIT, PICTURE = 28, 32  # sides of the two parts
 ENLARGED_DIGIT = 48
 # Mean and standard deviation of the channels over CIFAR-10's training pictures in [0, 1].
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
@@ -24,7 +25,7 @@ CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 
 
 class Composites:
-    """Stands where a tensor of inputs (N, C, H, W) stands, and composes what is asked for.
+    """Takes the place of a tensor of inputs (N, C, H, W): composes the samples that are indexed.
 
     `composites[index]` for a slice or an index tensor is a float32 tensor (B, C, H, W) on the
     device of the parts, C = 1 (luminance) if `grayscale` else 3 (RGB).
@@ -36,7 +37,10 @@ class Composites:
     CIFAR-10's mean subtracted and divided by its deviation.
     """
 
-    def __init__(self, digits, pictures, *, image_size=32, grayscale=False, scaling=None):
+    def __init__(
+        self, digits, pictures, *, image_size: int = 32, grayscale: bool = False,
+        scaling: str | None = None,
+    ):  # fmt: skip
         self.digits, self.pictures = torch.as_tensor(digits), torch.as_tensor(pictures)
         self.image_size, self.grayscale, self.scaling = image_size, grayscale, scaling
         self.shifts: torch.Tensor | None = None  # (N, 3): rows, columns, 1 = mirrored
@@ -51,8 +55,8 @@ class Composites:
 
     @property
     def max_batch(self) -> int:
-        """How many inputs `BATCH_BYTES` hold as float32."""
-        return BATCH_BYTES // (4 * self.shape[1:].numel())
+        """The largest batch for evaluation and analyses."""
+        return max_batch(self.shape)
 
     @property
     def padding(self) -> int:
@@ -67,14 +71,14 @@ class Composites:
         """The composites at these indices."""
         return self._with(lambda part: part[index])
 
-    def _with(self, change) -> "Composites":
+    def _with(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Composites":
         changed = copy.copy(self)
         changed.digits, changed.pictures = change(self.digits), change(self.pictures)
         changed.shifts = None if self.shifts is None else change(self.shifts)
         return changed
 
     def augmented(self, seed: int) -> "Composites":
-        """The same, each cropped at random out of its reflection-padded self and mirrored or not.
+        """The same, each padded by reflection, cropped at random and mirrored or not.
 
         What happens to sample i depends on (seed, i) only, not on batches or their order.
         """
@@ -86,27 +90,25 @@ class Composites:
 
     def __getitem__(self, index) -> torch.Tensor:
         pixels = self._pixels(index)
-        if self.grayscale:
-            inputs = sum(w / 255 * pixels[:, c : c + 1] for c, w in enumerate(LUMA))
-        else:
-            inputs = pixels.float().div_(255)  # twice as fast as a division of bytes
+        # Twice as fast as a division of bytes.
+        inputs = luminance(pixels) if self.grayscale else pixels.float().div_(255)
         return scale_(inputs, self.scaling, CIFAR10_MEAN, CIFAR10_STD)
 
-    def batches(self, indices):
+    def batches(self, indices: Iterable) -> Iterator[torch.Tensor]:
         """Yields `self[index]` for every index, in order."""
         return map(self.__getitem__, indices)
 
     def decode_uint8(self, i: int) -> torch.Tensor:
-        """Input i as a backbone takes it, (3, H, W) uint8; grey ones have equal channels."""
+        """Input i as a backbone takes it, (3, H, W) uint8; grey inputs: equal channels."""
         pixels = self._pixels(slice(i, i + 1))[0]
         if self.grayscale:
-            luma = sum(w * pixels[c].double() for c, w in enumerate(LUMA))
-            pixels = luma.round().byte().expand(3, -1, -1)
+            red, green, blue = (w * pixels[c].double() for c, w in enumerate(LUMA))
+            pixels = (red + green + blue).round().byte().expand(3, -1, -1)
         return pixels
 
     @property
     def identity(self) -> str:
-        """Changes with what `decode_uint8` gives: for the keys of caches."""
+        """A text that changes with what `decode_uint8` returns, for the keys of caches."""
         facts = {
             "source": "composites",
             "digits_sha256": _sha256(self.digits),
@@ -129,7 +131,7 @@ class Composites:
 
 
 def _sha256(part: torch.Tensor) -> str:
-    return hashlib.sha256(part.cpu().flatten().numpy()).hexdigest()
+    return hashlib.sha256(part.cpu().flatten().numpy().data).hexdigest()
 
 
 def _stacked(digits: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
@@ -164,7 +166,7 @@ def _resized(pictures: torch.Tensor, height: int, width: int) -> torch.Tensor:
 def _weights(old: int, new: int) -> tuple[torch.Tensor, int]:
     """Bilinear interpolation from old to new pixels of one side, in whole numbers.
 
-    Returns weights (new, old) and what each row of them adds up to. New pixel d has its middle at
+    Returns weights (new, old) and the sum of each of their rows. New pixel d has its middle at
     (d + ½)·old/new - ½ of the old pixels; beyond their outermost middles the value stays.
     """
     place = np.clip((2 * np.arange(new) + 1) * old - new, 0, 2 * new * (old - 1))  # in 1/(2·new)
@@ -178,7 +180,7 @@ def _weights(old: int, new: int) -> tuple[torch.Tensor, int]:
 
 
 def _cropped(pixels: torch.Tensor, shifts: torch.Tensor, padding: int) -> torch.Tensor:
-    """Each of (B, 3, H, W) moved by its shifts - padding, reflected at its edges, and mirrored."""
+    """Pictures (B, 3, H, W) moved by shifts - padding, reflected at the edges, and mirrored."""
     height, width = pixels.shape[2:]
     rows = torch.arange(height, device=pixels.device) + shifts[:, :1] - padding
     columns = torch.arange(width, device=pixels.device)

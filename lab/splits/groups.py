@@ -29,7 +29,7 @@ def signed_cells(num_attributes: int) -> tuple[tuple[int, int], ...]:
 
 
 def under_represented(counts, num_classes: int) -> tuple[bool, ...]:
-    """Which groups have less than their share if label and attribute were independent.
+    """Which groups have less than the share that independence of label and attribute gives.
 
     π(y,a) < π(y)·π(a), of groups in the order of classes and within them of attributes.
     """
@@ -75,7 +75,7 @@ def moments(counts) -> Moments:
     Raises `ValueError` for another number of groups: class indices have no moments.
     """
     if len(counts) != len(GROUPS):
-        raise ValueError(f"moments of {len(counts)} groups; there are such of {len(GROUPS)} only")
+        raise ValueError(f"moments of {len(counts)} groups; allowed: {len(GROUPS)} groups")
     share = shares(counts)
     y_mean = sum(p * y for p, (y, a) in zip(share, GROUPS))
     a_mean = sum(p * a for p, (y, a) in zip(share, GROUPS))

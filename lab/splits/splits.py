@@ -1,14 +1,46 @@
 """Group-structured splits: what every data set is loaded to, and everything downstream takes."""
 
 import hashlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from lab.splits import groups
-from lab.splits.composites import Composites
-from lab.splits.pictures import Pictures
+
+
+class LazyInputs(Protocol):
+    """Inputs (N, ...) that are made when they are indexed, such as `Pictures` and `Composites`."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def max_batch(self) -> int:
+        """The largest batch for evaluation and analyses."""
+
+    @property
+    def identity(self) -> str:
+        """A text that changes with the inputs."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index) -> torch.Tensor:
+        """The inputs at a slice or an index tensor, float32."""
+
+    def batches(self, indices: Iterable) -> Iterator[torch.Tensor]:
+        """Yields `self[index]` for every index, in order, prepared ahead of use."""
+
+    def to(self, device) -> "LazyInputs":
+        """The same, made on `device`."""
+
+    def subset(self, index) -> "LazyInputs":
+        """The inputs at these indices, still to be made."""
+
+    def augmented(self, seed: int) -> "LazyInputs":
+        """The same, randomly changed for training; what happens to input i depends on (seed, i)."""
 
 
 @dataclass
@@ -28,16 +60,17 @@ class Task:
 class Split:
     """Samples of one split, stored group by group (so that a group is a slice, not a copy).
 
-    inputs: (N, ...) float32, indexable by slices and index tensors: a tensor, or pictures that
-    are made when indexed (`predictions.batches` does so ahead of use); y, a: (N,), -1 or +1 in
-    float32, or class indices in int64; counts: samples per group, in the order of `Splits.cells`;
-    minority: which groups go against the shortcut, None: those whose attribute is not their label.
+    inputs: (N, ...) float32, indexable by slices and index tensors: a tensor of pictures or of
+    vectors (N, d), or inputs that are made when indexed (`predictions.batches` does so ahead of
+    use); y, a: (N,), -1 or +1 in float32, or class indices in int64; counts: samples per group, in
+    the order of `Splits.cells`; minority: which groups go against the shortcut, None: those whose
+    attribute is not their label.
 
-    Of several tasks y and a are (N, tasks), task_groups (N, tasks) has the group of each, and the
+    With several tasks y and a are (N, tasks), task_groups (N, tasks) has the group of each, and the
     samples are stored group by group of the first.
     """
 
-    inputs: torch.Tensor | Pictures | Composites
+    inputs: torch.Tensor | LazyInputs
     y: torch.Tensor
     a: torch.Tensor
     counts: list[int]
@@ -61,7 +94,7 @@ class Split:
 
     @property
     def slices(self) -> list[slice]:
-        """Where each group stands."""
+        """The range of each group's samples."""
         ends = np.cumsum(self.counts).tolist()
         return [slice(end - count, end) for end, count in zip(ends, self.counts)]
 
@@ -72,14 +105,15 @@ class Split:
 
     @property
     def moments(self) -> groups.Moments:
-        """E[Y], E[A] and Cov(Y, A), where there are four groups."""
+        """E[Y], E[A] and Cov(Y, A), of four groups only."""
         return groups.moments(self.counts)
 
     def to(self, device) -> "Split":
+        """The same split with its tensors, and the inputs that it makes, on `device`."""
         return self._with(lambda part: part.to(device), self.inputs.to(device), self.counts)
 
-    def _with(self, change, inputs, counts) -> "Split":
-        """With other inputs and counts, and every tensor of labels changed."""
+    def _with(self, change: Callable, inputs, counts: list[int]) -> "Split":
+        """The split with other inputs and counts, and `change` applied to each tensor of labels."""
         return replace(
             self,
             inputs=inputs,
@@ -91,12 +125,17 @@ class Split:
 
     def subset(self, index: torch.Tensor, counts: list[int]) -> "Split":
         """The samples at these indices, which have these group counts; pictures stay undecoded."""
-        there = isinstance(self.inputs, torch.Tensor)
-        inputs = self.inputs[index] if there else self.inputs.subset(index)
-        return self._with(lambda part: part[index], inputs, counts)
+        inputs = self.inputs
+        chosen = inputs[index] if isinstance(inputs, torch.Tensor) else inputs.subset(index)
+        return self._with(lambda part: part[index], chosen, counts)
 
     def of_task(self, t: int, task: Task) -> tuple[torch.Tensor, "Split"]:
-        """(order, the labels of task t in this order, group by group), where there are several."""
+        """(order, the split in this order with the labels of task t, group by group of this task).
+
+        For several tasks only.
+        """
+        if self.task_groups is None:
+            raise ValueError("the split has one task")
         group = self.task_groups[:, t]
         order = torch.argsort(group, stable=True)
         counts = torch.bincount(group, minlength=len(task.cells)).tolist()
@@ -111,11 +150,11 @@ class Split:
         return order, part
 
     def augmented(self, seed: int) -> "Split":
-        """The split with randomly changed pictures for training; itself if its inputs have none.
+        """The split with randomly changed inputs for training; tensors stay as they are.
 
-        What happens to a sample depends on the seed and on its place in the split only.
+        What happens to a sample depends on the seed and on its position in the split only.
         """
-        if not hasattr(self.inputs, "augmented"):
+        if isinstance(self.inputs, torch.Tensor):
             return self
         return replace(self, inputs=self.inputs.augmented(seed))
 
@@ -125,7 +164,7 @@ class Split:
         for values in (self.y, self.a, self.inputs):
             if isinstance(values, torch.Tensor):
                 found.update(f"{values.dtype} {tuple(values.shape)}".encode())
-                found.update(values.cpu().flatten().numpy())
+                found.update(values.cpu().flatten().numpy().data)
             else:
                 found.update(values.identity.encode())
         return found.hexdigest()
@@ -135,15 +174,17 @@ class Split:
 class Splits:
     """All splits of an experiment. All but `train` and `test` may be missing.
 
-    target: a small unbiased set for methods that train on it; dfr: the data for retraining;
-    evaluation_sets: further evaluation sets by name.
-    cells: (y, a) of every group; num_classes: labels that there are.
-    masks: (G, H, W) bool, for every group the pixels on which its shortcut is drawn, or None.
-    samples: arrays `pictures` (M, H, W, C) in [0, 1], `y`, `a`, `group`, for looking at.
-    skipped: for some splits, the samples of each group that were left out as unreadable.
-    facts: where the data came from, as plain data. repeats: (N,) int64, how often a method takes
-    each training sample in an epoch, if samples count differently. tasks: all of them, the first
-    with these cells and group names; by default it is the only one.
+    - target: a small unbiased set for methods that train on it; dfr: the data for retraining;
+      evaluation_sets: further sets for evaluation, by name;
+    - cells: (y, a) of every group; num_classes: number of labels;
+    - masks: (G, H, W) bool, the pixels on which the shortcut of every group is drawn, or None;
+    - samples: arrays `pictures` (M, H, W, C) in [0, 1], `y`, `a`, `group`, for looking at; empty
+      for inputs that are not pictures, and then nothing is saved or drawn;
+    - skipped: for some splits, how many samples of each group were left out as unreadable;
+    - facts: where the data came from, as plain data;
+    - repeats: (N,) int64, how often a method takes each training sample in an epoch, where this
+      differs;
+    - tasks: all of them, the first with these cells and group names; by default it is the only one.
     """
 
     train: Split
@@ -166,8 +207,18 @@ class Splits:
         if not self.tasks:
             self.tasks = [Task("label", self.cells, self.group_names)]
 
+    @classmethod
+    def from_named(cls, splits: dict[str, Split], **facts: Any) -> "Splits":
+        """Splits by name: train, test and where present val, target and dfr; all others are
+        `evaluation_sets`. facts: the other fields.
+        """
+        own = {f.name for f in fields(cls)}
+        known: dict[str, Any] = {name: split for name, split in splits.items() if name in own}
+        further = {name: split for name, split in splits.items() if name not in own}
+        return cls(**known, evaluation_sets=further, **facts)
+
     def named(self) -> dict[str, Split]:
-        """The splits that there are, by name."""
+        """The splits that are present, by name."""
         present = {f.name: getattr(self, f.name) for f in fields(self)}
         present = {name: split for name, split in present.items() if isinstance(split, Split)}
         return present | self.evaluation_sets
@@ -176,11 +227,13 @@ class Splits:
         """The splits on which the network is evaluated: all but DFR's."""
         return {name: split for name, split in self.named().items() if name != "dfr"}
 
-    def changed(self, change) -> "Splits":
+    def changed(self, change: Callable[[str, Split], Split]) -> "Splits":
         """The same with `change(name, split)` in place of every split."""
-        changed = {name: change(name, split) for name, split in self.named().items()}
+        changed: dict[str, Any] = {
+            name: change(name, split) for name, split in self.named().items()
+        }
         further = {name: changed.pop(name) for name in self.evaluation_sets}
-        return replace(self, **changed, evaluation_sets=further)
+        return replace(self, evaluation_sets=further, **changed)
 
     def to(self, device) -> "Splits":
         """The same splits with their tensors on `device`."""
@@ -189,7 +242,7 @@ class Splits:
         return moved
 
     def fingerprint(self) -> str:
-        """SHA-256 that changes with any sample, label, attribute or count of any split."""
+        """SHA-256 over the samples, labels, attributes and counts of all splits."""
         contents = {name: split.digest() for name, split in self.named().items()}
         return hashlib.sha256(repr(contents).encode()).hexdigest()
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from lab.config import loading, schema, strict_yaml
 from lab.runs import run as tracking
 from lab.sweeping import plan
-from lab.system import files, memory
+from lab.system import cores, files, memory
 from lab.system.command import tell, whole_step
 from lab.system.errors import UserError, printable
 
@@ -325,7 +325,7 @@ def run_local(folder: Path, manifest: dict, jobs: list[dict], options: dict) -> 
 
     gpus = visible_gpus()
     slots = options["at_once"] or at_once(len(gpus))
-    threads = max(1, cores() // slots)
+    threads = max(1, cores.available() // slots)
     variables = thread_variables(threads)
     names = {entry["setting"]: entry["name"] for entry in manifest["settings"]}
     free, running, waiting = deque(range(slots)), {}, deque(jobs)
@@ -426,16 +426,11 @@ def gpu_variable(gpus: list[str], slot: int) -> dict[str, str | None]:
     return {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)] if gpus else usual}
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    usable = getattr(os, "sched_getaffinity", None)
-    return len(usable(0)) if usable else os.cpu_count() or 1
-
-
 def at_once(gpus: int) -> int:
     """Jobs at once on this machine: one a GPU, or else one a core with 2 GiB of memory for each."""
-    there = memory.available() or JOB_MEMORY * cores()
-    return gpus or max(1, min(cores(), int(there // JOB_MEMORY)))
+    usable = cores.available()
+    free = memory.available() or JOB_MEMORY * usable
+    return gpus or max(1, min(usable, int(free // JOB_MEMORY)))
 
 
 def visible_gpus() -> list[str]:

@@ -39,7 +39,7 @@ from lab.config.schema import Config
 from lab.config.seeds import derive_seed
 from lab.config.strict_yaml import show
 from lab.sweeping import launch, plan
-from lab.system import files
+from lab.system import cores, files
 from lab.system.command import exit_code, tell
 from lab.system.errors import ConfigError
 
@@ -196,7 +196,7 @@ def run(folder: Path, manifest: dict, at_once: int | None) -> int:
     section = check_manifest(folder, manifest)
     gpus = launch.visible_gpus()
     slots = min(at_once or launch.at_once(len(gpus)), section.trials)
-    threads = launch.thread_variables(max(1, launch.cores() // slots))
+    threads = launch.thread_variables(max(1, cores.available() // slots))
     command = [*WORKER, str(folder)]
     path = os.pathsep.join(filter(None, [str(launch.ROOT), os.environ.get("PYTHONPATH")]))
     workers = []

@@ -1,8 +1,9 @@
 """What the commands share: arguments, exit codes, signals, the log on the console.
 
-Exit codes: 0 done; 2 what the user can fix, one line a problem on standard error; 1 anything else
-(a traceback: a fault of ours); 128 + the signal's number if stopped by one (130 Ctrl-C, 143
-SIGTERM, 129 SIGHUP, 138 SIGUSR1 and 140 SIGUSR2, by which clusters announce pre-emption).
+Exit codes: 0 done; 2 something that the user can fix, one line per problem on standard error;
+1 anything else (a traceback: a fault of ours); 128 + the signal's number if stopped by one (130
+Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1 and 140 SIGUSR2, by which clusters announce
+pre-emption).
 """
 
 import argparse
@@ -13,6 +14,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
+from typing import NoReturn
 
 from lab.system import files
 from lab.system.errors import ConfigError, UserError
@@ -25,7 +27,7 @@ STOPPING = [
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors of the command line are errors of the user, told like all others."""
+    """A parser whose errors are reported like all errors of the user."""
 
     def error(self, message):
         raise ConfigError(f"command line: {message}; see {self.prog} --help")
@@ -47,9 +49,9 @@ DEFAULT_CONFIG_FILE = "config.yaml"
 
 
 def exit_code(command) -> int:
-    """Runs a command; what the user can fix and signals become lines and exit codes.
+    """The exit code of running a command; user errors and signals are printed as plain lines.
 
-    Notes on an error (`add_note`) are the last lines: what to do now.
+    Notes on an error (`add_note`) are the last lines: what to do next.
     """
     for stream in (sys.stdout, sys.stderr):
         # A terminal without Unicode gets escapes instead of a traceback.
@@ -66,7 +68,7 @@ def exit_code(command) -> int:
                 # Permissions, a full or read-only disk: not a fault of the program.
                 tell(f"{error.filename}: {error.strerror}", *_notes(error))
                 return 2
-            # A signal to the whole process group also ends worker processes, which is told first.
+            # A signal to the process group also ends worker processes, whose error comes first.
             if _signals.arrived is None:
                 raise
             return _stopped(_signals.arrived, error)
@@ -85,17 +87,17 @@ def _notes(error) -> list[str]:
 
 
 def tell(*lines: str, stream: str = "stderr") -> None:
-    """Print lines; where nobody listens any more (`| head`), go on without."""
+    """Print lines; once nobody reads them any more (`| head`), continue without printing."""
     try:
         for line in lines:
             print(line, file=getattr(sys, stream), flush=True)
     except OSError:
-        # Or Python would stumble over the same lines when it ends.
+        # Otherwise Python would fail on the same lines when it exits.
         setattr(sys, stream, _Nobody())
 
 
 class _Nobody(io.TextIOBase):
-    """A stream that nobody reads."""
+    """A stream without a reader."""
 
     def write(self, text: str) -> int:
         return len(text)
@@ -110,7 +112,7 @@ class Stopped(BaseException):
 
 
 class _Signals:
-    """Which signal arrived, and whether the code that runs may be torn apart."""
+    """Which signal arrived, and whether the running code may be interrupted."""
 
     def __init__(self):
         self.arrived: int | None = None
@@ -120,14 +122,15 @@ class _Signals:
     def handle(self, signum, frame) -> None:
         again = self.arrived is not None and signum == signal.SIGINT
         self.arrived = self.arrived or signum
-        if self.raised:  # clusters repeat signals; the end is not to be interrupted
+        if self.raised:  # clusters repeat signals; the clean-up must not be interrupted
             return
         if self.depth == 0 or again:
             self.throw(torn=self.depth > 0)
         if signum == signal.SIGINT:
             tell("Stopping after this step; Ctrl-C once more stops at once and loses the step.")
 
-    def throw(self, torn: bool = False):
+    def throw(self, torn: bool = False) -> NoReturn:
+        assert self.arrived is not None
         self.raised = True
         raise Stopped(self.arrived, torn)
 
@@ -155,7 +158,7 @@ def stop_signals():
 
 @contextmanager
 def whole_step():
-    """What is inside is done wholly before a signal stops the command."""
+    """The block is completed before a signal stops the command."""
     _signals.depth += 1
     try:
         yield
@@ -166,7 +169,7 @@ def whole_step():
 
 
 class _Console(logging.Handler):
-    """Standard error; above a progress bar where there is one."""
+    """Standard error, above a progress bar if one is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -174,7 +177,7 @@ class _Console(logging.Handler):
         try:
             tqdm.write(self.format(record), file=sys.stderr)
         except OSError:
-            tell(self.format(record))  # which gives up for good
+            tell(self.format(record))  # replaces the stream
 
 
 @contextmanager

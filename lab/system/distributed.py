@@ -16,7 +16,7 @@ from lab.system.errors import UserError
 
 
 def grouped() -> bool:
-    """Whether there is a group of processes."""
+    """Whether this process belongs to a group of processes."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -26,12 +26,12 @@ def rank() -> int:
 
 
 def world() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if grouped() else 1
 
 
 def barrier() -> None:
-    """Wait until all ranks are here."""
+    """Wait until all ranks have called this."""
     if grouped():
         dist.barrier()
 
@@ -45,7 +45,7 @@ def from_first(value):
 
 
 def together(work):
-    """`work()` on every rank; what the user has to mend on one of them ends all, told once each."""
+    """`work()` on every rank; a `UserError` on one of them ends all, each with a message."""
     result = problem = None
     try:
         result = work()
@@ -55,7 +55,7 @@ def together(work):
         failed = [None] * world()
         dist.all_gather_object(failed, problem is not None)
         if any(failed) and problem is None:
-            problem = UserError(f"rank {rank()}: stopped, because another rank cannot go on")
+            problem = UserError(f"rank {rank()}: stopped, because another rank cannot continue")
     if problem is not None:
         raise problem
     return result
@@ -84,10 +84,10 @@ def process_group(device: str = "cpu"):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
-    # Texts and barriers go through gloo for GPUs, too; a rank may wait for long.
+    # Objects and barriers go through gloo on GPUs, too; a rank may have to wait long.
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(days=30))
-    if rank() > 0:  # what all ranks would say is said once
+    if rank() > 0:  # what all ranks log appears once
         logging.getLogger("spurious").setLevel(logging.WARNING)
     try:
         yield

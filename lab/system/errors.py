@@ -1,12 +1,12 @@
-"""The errors that are for people: told in one line a problem, without a traceback."""
+"""Errors for users: one line per problem, without a traceback."""
 
 LONGEST = 5000  # characters of a line; a path has up to 4096
 
 
 def printable(text: str) -> str:
-    """The text as one line, with escapes for what a terminal would not show, or would obey.
+    """The text as one line, with escapes for characters that a terminal would not show, or obey.
 
-    What is told often comes from files and names that others made.
+    Messages quote names and contents of files that others made.
     """
     if len(text) > LONGEST:
         text = text[: LONGEST - 3] + "..."
@@ -14,14 +14,14 @@ def printable(text: str) -> str:
 
 
 class UserError(Exception):
-    """What the user can fix: one line a problem, no traceback, exit code 2."""
+    """Something that the user can fix: one line per problem, no traceback, exit code 2."""
 
     def __init__(self, *problems: str):
         super().__init__(*map(printable, problems))
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """One line each."""
+        """The problems, one line each."""
         return self.args
 
     def __str__(self) -> str:

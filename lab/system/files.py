@@ -1,7 +1,7 @@
-"""Files that survive: whole ones are complete or not there, growing ones end with a whole record.
+"""Files that survive: they are written completely or not at all, or grow by complete records.
 
-What the disk refuses (full, read-only, no permission) becomes a `StorageError` that names the
-path and the bytes needed; what was there before stays as it was.
+An error of the disk (full, read-only, no permission) becomes a `StorageError` that names the path
+and the bytes needed; the previous file stays as it was.
 """
 
 import csv
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lab.system.errors import StorageError
 
-# What the disk says, not the program: everything else is a fault and keeps its traceback.
+# Errors of the disk, not of the program: everything else is a fault of ours, with a traceback.
 REFUSALS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
 }  # fmt: skip
@@ -25,9 +25,9 @@ REFUSALS = {
 def complete(path, size: int | None = None):
     """Yields a temporary path beside `path`; on success it is flushed and renamed to `path`.
 
-    Whatever happens, a reader sees the old file or the new one, never half of one. The temporary
-    name starts with a dot and keeps the suffix, by which many writers choose the format. size: in
-    bytes, if known. Raises `StorageError`.
+    A reader sees the old file or the new one, never a part of one. The temporary name starts with a
+    dot and keeps the suffix, by which many writers choose the format. size: in bytes, if known.
+    Raises `StorageError`.
     """
     path = Path(path)
     with _refusals(path, size):
@@ -73,7 +73,7 @@ def write_csv(path, rows: list[dict], columns=None) -> None:
 def save(path, writer) -> None:
     """Write the whole file that `writer(file)` writes into an open file, such as `torch.save`.
 
-    It is put together in memory, so that a full disk is our error and not the writer's.
+    The content is assembled in memory, so that a full disk raises our error, not the writer's.
     """
     buffer = io.BytesIO()
     writer(buffer)
@@ -81,7 +81,7 @@ def save(path, writer) -> None:
 
 
 class Growing:
-    """A file that grows by whole records: what cannot be appended wholly is not there at all."""
+    """A file that grows by complete records: a record is appended completely or not at all."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -90,17 +90,17 @@ class Growing:
         self.size = os.fstat(self._file).st_size
 
     def append(self, data: bytes) -> None:
-        """Append a record; others see it at once. Raises `StorageError`."""
+        """Append a record, visible to readers at once. Raises `StorageError`."""
         try:
             with _refusals(self.path, len(data)):
                 _write_all(self._file, data)
-        except BaseException:  # an interruption, too, must not leave half a record
+        except BaseException:  # an interruption must not leave half a record either
             os.ftruncate(self._file, self.size)
             raise
         self.size += len(data)
 
     def sync(self) -> None:
-        """Wait until everything is on the disk."""
+        """Wait until everything is written to the disk."""
         with _refusals(self.path):
             os.fsync(self._file)
 
@@ -109,7 +109,7 @@ class Growing:
 
 
 def remove_temporaries(folder) -> None:
-    """Remove what a killed process left of `complete` in this folder."""
+    """Remove temporary files of `complete` that a killed process left in this folder."""
     for path in Path(folder).glob(".*-*"):
         if path.is_file():
             path.unlink(missing_ok=True)
@@ -124,7 +124,7 @@ def cut_torn_line(path) -> None:
 
 @contextmanager
 def _refusals(path, needed: int | None = None):
-    """What the disk refuses meanwhile becomes a `StorageError` about this path."""
+    """Errors of the disk inside become a `StorageError` about this path."""
     try:
         yield
     except OSError as error:
@@ -143,7 +143,7 @@ def _write_all(file: int, data: bytes) -> None:
 
 
 def _sync_folder(folder) -> None:
-    """Make a rename last through a power failure, where folders can be opened."""
+    """Make a rename survive a power failure, on systems where folders can be opened."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,7 +1,7 @@
-"""The main memory that there is, and that a network asks for.
+"""The main memory that is available, and that training a network needs.
 
-Every key has bounds of its own, but width² × depth passes any machine's memory, and a process that
-does so is killed without a word.
+Every key has bounds of its own, but width² × depth can exceed the memory of any machine, and the
+system kills such a process without a message.
 """
 
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def training_bytes(parameters: int, optimizer: str, momentum: float) -> int:
-    """Bytes of float32 parameters, their gradients, and what the optimiser keeps of each."""
+    """Bytes of float32 parameters, their gradients and the optimiser's state."""
     kept = 2 if optimizer == "Adam" else int(momentum > 0)
     return 4 * parameters * (2 + kept)
 
@@ -20,7 +20,7 @@ def shown(number: float) -> str:
 
 
 def available() -> float | None:
-    """Bytes of main memory that this process may use at most; None where that is not told.
+    """Bytes of main memory that this process may use at most; None where this is unknown.
 
     The machine's, or less where a control group (of a container, of a batch job) allows less.
     """

@@ -1,9 +1,9 @@
 """Picture files in a zip archive or a folder: opened safely, read and decoded one at a time.
 
-Archives are read in place. Nothing is ever unpacked, so there is nothing that a killed run could
-leave half done, no disk to run out of, and no member that could land outside a folder; reading a
-picture from the archive is as fast as from a file of its own. Both kinds of storage keep no file
-open: they can be used from any number of threads, and pickled or forked into other processes.
+Archives are read in place and never unpacked: a killed run leaves nothing half done, no disk fills
+up, and no member can land outside a folder; reading a picture from an archive is as fast as from a
+file of its own. Both kinds of storage keep no file open: they can be used from any number of
+threads, and pickled or forked into other processes.
 """
 
 import functools
@@ -27,7 +27,7 @@ from lab.system.errors import DataError
 SIDE = 224
 MAX_FILE_BYTES = 64 * 2**20
 # Of one picture. PIL itself decodes up to 179 million pixels, and any number of scans, each of
-# which takes as long as a picture but few bytes; usual are 1 to 12 of them.
+# which takes as long as a picture but few bytes; 1 to 12 are usual.
 MAX_PIXELS, MAX_SIDE, MAX_SCANS = 2**24, 2**14, 100
 MAX_MEMBERS = 1_000_000
 FORMATS = ("JPEG", "PNG")  # PIL reads many more, some by starting other programs
@@ -35,7 +35,7 @@ LISTED = 10  # problems in one message
 
 
 class Damaged(Exception):
-    """What a file holds is not usable; the text says why."""
+    """The content of a file is not usable; the text says why."""
 
 
 class BadPicture(DataError):
@@ -45,9 +45,9 @@ class BadPicture(DataError):
 def decode(data: bytes, side=SIDE, exact=None, box=None) -> np.ndarray:
     """A picture as RGB, resized to (3, side, side) uint8 (bilinear, antialiased).
 
-    side: None = as it is; exact: take only pictures of this (width, height); box: (left, top,
-    right, bottom) of what is cut out before it is resized. Raises `Damaged` for what is not a
-    picture, is cut off, is too large or not of the `exact` size.
+    side: None: not resized; exact: the only allowed (width, height); box: (left, top, right,
+    bottom) of a crop before resizing. Raises `Damaged` for data that are not a picture, are cut
+    off, too large or not of the `exact` size.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
@@ -60,15 +60,15 @@ def decode(data: bytes, side=SIDE, exact=None, box=None) -> np.ndarray:
             if picture.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
                 raise Damaged(f"more than {MAX_SCANS} scans")
             # Not with Image.draft: scaling inside the JPEG decoder changes pixels by up to 50.
-            pixels = picture if picture.mode == "RGB" else picture.convert("RGB")
+            image = picture if picture.mode == "RGB" else picture.convert("RGB")
             if box:
-                pixels = pixels.crop(box)
+                image = image.crop(box)
             if side:
-                pixels = pixels.resize((side, side), Image.Resampling.BILINEAR)
-            pixels = np.asarray(pixels)  # decodes, while the file is open
+                image = image.resize((side, side), Image.Resampling.BILINEAR)
+            pixels = np.asarray(image)  # decodes, while the file is open
     except (Damaged, MemoryError):
         raise
-    except Exception as error:  # PIL lets errors of many kinds out for damaged files
+    except Exception as error:  # PIL raises errors of many kinds for damaged files
         unknown = isinstance(error, Image.UnidentifiedImageError)
         reason = f"none of {', '.join(FORMATS)}" if unknown else error
         raise Damaged(f"not a readable picture ({reason})") from None
@@ -82,7 +82,7 @@ def leaves_folder(name: str) -> bool:
 
 
 def raise_problems(problems: list[str]) -> None:
-    """Raises `DataError` with the first few of the problems and the number of the others."""
+    """Raises `DataError` with the first problems and the number of the others, if there are any."""
     if problems:
         more = len(problems) - LISTED
         raise DataError(*problems[:LISTED], *([f"… and {more} more"] if more > 0 else []))
@@ -137,7 +137,7 @@ class Archive:
             if leaves_folder(m.filename):
                 reason = "a name that leads out of the folder"
             elif m.filename in seen:
-                reason = "a name that is there twice"
+                reason = "the name of another member"
             elif stat.S_ISLNK(m.external_attr >> 16):
                 reason = "a symbolic link"
             elif m.flag_bits & 0x1:
@@ -171,7 +171,7 @@ class Archive:
                 file.seek(member.offset)
                 header = file.read(30)
                 if len(header) < 30 or header[:4] != b"PK\3\4":
-                    raise Damaged("the archive has no member at its place")
+                    raise Damaged("the archive has no member at the stated offset")
                 file.seek(sum(struct.unpack("<HH", header[26:])), io.SEEK_CUR)
                 data = file.read(member.packed)
         except OSError as error:
@@ -215,10 +215,9 @@ class Folder:
 
 
 class NamedPictures:
-    """Pictures with names in a storage; a source's table says what is on them.
+    """Pictures with names in a storage: the base of sources, which read a table of labels besides.
 
-    names: file names, N of them; missing: (N,) bool, names without their file; side: of decoded
-    pictures.
+    names: N file names; missing: (N,) bool, names without a file; side: of decoded pictures.
     """
 
     augments = False  # whether `decode` takes a generator for random crops
@@ -238,9 +237,9 @@ class NamedPictures:
         """Raises `DataError` naming the pictures without their file."""
         raise_problems(
             [
-                f"{self.place_of(i)}: there is no such file; download the data again, or set "
+                f"{self.place_of(i)}: no such file; download the data again, or set "
                 "on_bad_image: skip"
-                for i in np.flatnonzero(self.missing)
+                for i in np.flatnonzero(self.missing).tolist()
             ]
         )
 
@@ -253,7 +252,7 @@ class NamedPictures:
         rng: for a random crop, where the source `augments`.
         """
         if self.missing[i]:
-            raise BadPicture(f"{self.place_of(i)}: there is no such file")
+            raise BadPicture(f"{self.place_of(i)}: no such file")
         try:
             return self._decode(self.storage.read(self.names[i]), rng)
         except Damaged as error:
@@ -266,6 +265,6 @@ class NamedPictures:
         """Plain data that change with the files."""
         if isinstance(self.storage, Archive):
             return {"archive_bytes": self.storage.size, "members_sha256": self.storage.digest}
-        there = [name for name, missing in zip(self.names, self.missing) if not missing]
-        prints = [self.storage.fingerprint(name) for name in there]
+        present = [name for name, missing in zip(self.names, self.missing) if not missing]
+        prints = [self.storage.fingerprint(name) for name in present]
         return {"files_sha256": hashlib.sha256(repr(prints).encode()).hexdigest()}

@@ -1,1 +1,1 @@
-"""Where raw material comes from: one file a source. Find, fetch, verify, unpack, decode."""
+"""Where raw material comes from, one file per source: find, fetch, verify, decode."""

@@ -1,7 +1,7 @@
 """CelebA: 202,599 faces with 40 binary attributes, in three official splits.
 
-Liu et al., "Deep Learning Face Attributes in the Wild", 2015. It is put into `data/celeba/` by
-hand, in torchvision's layout or as the archive of Kaggle; archives are read in place (see
+Liu et al., "Deep Learning Face Attributes in the Wild", 2015. Expected in `data/celeba/`, put there
+by hand, in torchvision's layout or as the archive of Kaggle; archives are read in place (see
 `picture_files`).
 """
 
@@ -41,8 +41,8 @@ MAX_ROWS, MAX_COLUMNS = 1_000_000, 1000
 class CelebA(NamedPictures):
     """The faces and their attributes.
 
-    attribute_names: K of them; attributes: (N, K) int8, -1 or +1; partition: (N,) int64, `TRAIN`,
-    `VAL` or `TEST`; metadata: where the attributes stand.
+    attribute_names: K names; attributes: (N, K) int8, -1 or +1; partition: (N,) int64, `TRAIN`,
+    `VAL` or `TEST`; metadata: path of the list of attributes, for messages.
     """
 
     augments = True
@@ -67,7 +67,7 @@ class CelebA(NamedPictures):
             hint = ", ".join(lower[match] for match in near)
             raise DataError(
                 f"groupings: given {name}, but {self.metadata} has no such attribute; "
-                + (f"did you mean {hint}?" if hint else f"there are {self._known()}")
+                + (f"did you mean {hint}?" if hint else f"allowed: {self._known()}")
             )
         return self.attributes[:, self.attribute_names.index(name)]
 
@@ -75,7 +75,7 @@ class CelebA(NamedPictures):
         return ", ".join(self.attribute_names)
 
     def identity(self) -> dict:
-        """What tells these pictures from others, as plain data, for the keys of caches."""
+        """Plain data that change with the pictures, for the keys of caches."""
         names = hashlib.sha256("\n".join(self.names).encode()).hexdigest()
         return {"source": "CelebA", "names_sha256": names} | self.files_identity
 
@@ -84,7 +84,7 @@ def random_box(rng: np.random.Generator) -> tuple[int, int, int, int]:
     """(left, top, right, bottom) of a random part of a face.
 
     Inception's crop (Szegedy et al., 2015): area and side ratio (its logarithm) are uniform in
-    `CROP_SCALE` and `CROP_RATIO`, drawn again up to ten times if the part does not fit.
+    `CROP_SCALE` and `CROP_RATIO`, drawn up to ten times until the part fits.
     """
     width, height = SIZE
     for _ in range(10):
@@ -94,13 +94,13 @@ def random_box(rng: np.random.Generator) -> tuple[int, int, int, int]:
         if w <= width and h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    return CENTRE  # what fits of the ratio 1, in the middle
+    return CENTRE  # the largest square that fits, in the middle
 
 
 def load(data_dir, side: int = SIDE) -> CelebA:
-    """CelebA in `data_dir`/celeba, its faces in pictures of this side.
+    """CelebA in `data_dir`/celeba, its faces as pictures of side × side pixels.
 
-    Raises `DataError` when it is not there (saying where to get it), or when its lists are damaged.
+    Raises `DataError` when it is missing (saying where to get it), or when its lists are damaged.
     """
     home = Path(data_dir) / HOME
     try:
@@ -119,7 +119,8 @@ def _find(home: Path, side: int) -> CelebA:
             if all(name in place for name in names):
                 lists = _lists(place, *names)
                 where = f"{place.path}/{names[0]}"
-                return CelebA(*_pictures(home, archive, lists[0][0]), side, lists, where)
+                storage, prefix = _pictures(home, archive, lists[0][0])
+                return CelebA(storage, prefix, side, lists, where)
     raise DataError(
         f"dataset_name: CelebA is not in {home}; put {ATTRIBUTES}.txt, {PARTITION}.txt and the "
         f"folder or zip file {PICTURES} of {PAGE} there, or archive.zip of {KAGGLE}, which need "
@@ -131,7 +132,9 @@ def _pictures(home: Path, archive: Archive | None, first: str):
     """(storage, prefix) of the pictures, of which the first has this name."""
     packed = home / f"{PICTURES}.zip"
     places = [Folder(home), Archive(packed, MAX_BYTES) if packed.is_file() else None, archive]
-    for place in filter(None, places):
+    for place in places:
+        if place is None:
+            continue
         for prefix in (f"{PICTURES}/", f"{PICTURES}/{PICTURES}/"):
             if prefix + first in place:
                 return place, prefix
@@ -166,7 +169,7 @@ def _lists(place, attributes: str, partition: str):
 def _table(place, name: str, columns: int | None = None):
     """A list of CelebA as a data frame with the file names as its index.
 
-    `.txt` is separated by blanks and, the attributes', headed by its length; `.csv` by commas.
+    `.txt` is separated by blanks, and the attributes' starts with its length; `.csv` by commas.
     """
     import pandas  # slow to import, and needed for this source only
 
@@ -183,7 +186,7 @@ def _table(place, name: str, columns: int | None = None):
             header, _, data = data.partition(b"\n")
             names = ["image_id", *header.decode().split()]
         if names and len(set(names)) < len(names):
-            raise ValueError("an attribute is there twice")
+            raise ValueError("a column has the same name as another")
         table = pandas.read_csv(
             io.BytesIO(data), nrows=MAX_ROWS + 1, header=None, sep=sep, low_memory=False
         )
@@ -204,7 +207,7 @@ def _table(place, name: str, columns: int | None = None):
     if columns and table.shape[1] != columns:
         problems.append(f"{where}: {table.shape[1]} values a row instead of {columns}")
     doubled = table.index[table.index.duplicated()]
-    problems += [f"{where}: {name!r} is there twice" for name in doubled]
+    problems += [f"{where}: {name!r} is in two rows" for name in doubled]
     raise_problems(problems)
     return table
 
@@ -212,7 +215,7 @@ def _table(place, name: str, columns: int | None = None):
 def _check_values(table, where: str, allowed) -> None:
     import pandas
 
-    # One text makes texts of all values of its column.
+    # One text value makes all values of its column text.
     numbers = table.apply(pandas.to_numeric, errors="coerce")
     wrong = np.argwhere(~numbers.isin(allowed).to_numpy())
     shown = ", ".join(map(str, allowed))

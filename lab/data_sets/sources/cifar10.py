@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from joblib import Parallel, cpu_count, delayed
+from joblib import Parallel, delayed
 
+from lab.system import cores
 from lab.system.errors import DataError
 from lab.system.picture_files import Damaged, Folder, decode, raise_problems
 
@@ -27,7 +28,7 @@ BATCHES, ARCHIVE, FOLDER = "cifar-10-batches-py", "cifar-10-python.tar.gz", "cif
 PAGE = f"https://www.cs.toronto.edu/~kriz/{ARCHIVE}"
 SUFFIXES = (".jpg", ".jpeg", ".png")
 CHUNK = 1000  # pictures that a process decodes at a time
-TIMEOUT = 10  # seconds without an answer, after which there is no network
+TIMEOUT = 10  # seconds without an answer, after which the network counts as missing
 
 
 class Images(NamedTuple):
@@ -41,20 +42,22 @@ def load(data_dir, classes=CLASSES, workers: int | None = None) -> tuple[Images,
     """The training and the test part, only these classes, and where they came from.
 
     Takes the original if its batches or its archive are in `data_dir`, else the folder
-    `cifar10/{train,test}/<class>/` of pictures if it is there, else downloads the original.
-    workers: processes that decode pictures; null = one a core. Raises `DataError` when the data
-    are missing and cannot be fetched, or are damaged.
+    `cifar10/{train,test}/<class>/` of pictures if it exists, else downloads the original.
+    workers: processes that decode pictures; None: one per available core. Raises `DataError` when
+    the data are missing and cannot be fetched, or are damaged.
     """
     data_dir = Path(data_dir)
-    there = any((data_dir / name).exists() for name in (BATCHES, ARCHIVE))
-    if not there and (data_dir / FOLDER).is_dir():
+    original = any((data_dir / name).exists() for name in (BATCHES, ARCHIVE))
+    if not original and (data_dir / FOLDER).is_dir():
         return _from_folder(data_dir / FOLDER, classes, workers)
     return _original(data_dir, classes)
 
 
 def _original(data_dir: Path, classes) -> tuple[Images, Images, str]:
-    """The batches are pickles, which can run programs. torchvision compares the MD5 sum of every
-    batch with its own list before it unpickles any, whether it has just fetched them or not.
+    """The original, through torchvision.
+
+    The batches are pickles, which can run programs. torchvision compares the MD5 sum of every batch
+    with its own list before it unpickles any, whether it has just fetched them or not.
     """
     from torchvision.datasets import CIFAR10  # heavy, and needed for this source only
 
@@ -69,12 +72,13 @@ def _original(data_dir: Path, classes) -> tuple[Images, Images, str]:
         labels = np.array(part.targets, dtype=np.uint8)
         rows = np.flatnonzero(np.isin(labels, wanted))
         found.append(Images(part.data.transpose(0, 3, 1, 2)[rows], labels[rows]))
-    return *found, f"the original, {data_dir / BATCHES}"
+    train, test = found
+    return train, test, f"the original, {data_dir / BATCHES}"
 
 
 @contextmanager
 def _no_long_waits():
-    """torchvision sets no timeout of its own."""
+    """Downloads time out inside: torchvision sets no timeout of its own."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
@@ -113,7 +117,8 @@ def _unavailable(data_dir: Path, original, error: Exception) -> DataError:
 
 def _from_folder(folder: Path, classes, workers: int | None) -> tuple[Images, Images, str]:
     """Pictures of each class in the order of their names."""
-    names, labels = {}, {}
+    names: dict[str, list[str]] = {}
+    labels: dict[str, list[int]] = {}
     missing, other = [], []
     for part, expected in PER_CLASS.items():
         names[part], labels[part] = [], []
@@ -134,16 +139,16 @@ def _from_folder(folder: Path, classes, workers: int | None) -> tuple[Images, Im
     log.info("Decoding %d pictures in %s", len(together), folder)
     images = _decoded(folder, together, workers)
     middle = len(names["train"])
-    parts = {"train": images[:middle], "test": images[middle:]}
-    found = [Images(parts[p], np.array(labels[p], dtype=np.uint8)) for p in parts]
-    return *found, f"pictures in {folder}, {len(together)} of them"
+    train = Images(images[:middle], np.array(labels["train"], dtype=np.uint8))
+    test = Images(images[middle:], np.array(labels["test"], dtype=np.uint8))
+    return train, test, f"pictures in {folder}, {len(together)} of them"
 
 
 def _pictures(folder: Path) -> list[str]:
-    there = folder.iterdir() if folder.is_dir() else []
+    """Names of the picture files in a folder; none of a missing one."""
     return [
         file.name
-        for file in there
+        for file in (folder.iterdir() if folder.is_dir() else ())
         if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
     ]
 
@@ -151,10 +156,10 @@ def _pictures(folder: Path) -> list[str]:
 def _decoded(folder: Path, names: list[str], workers: int | None) -> np.ndarray:
     """The pictures (N, 3, 32, 32) uint8 with these names.
 
-    In processes: decoding such small pictures is mostly Python, in which threads do not help.
+    In processes: decoding such small pictures takes mostly Python's lock, so threads do not help.
     """
     chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
-    workers = min(cpu_count() if workers is None else max(1, workers), len(chunks))
+    workers = min(cores.available() if workers is None else max(1, workers), len(chunks))
     images, problems = np.empty((len(names), 3, SIDE, SIDE), dtype=np.uint8), []
     results = Parallel(n_jobs=workers, return_as="generator")(
         delayed(_decode_chunk)(folder, chunk) for chunk in chunks

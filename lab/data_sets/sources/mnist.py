@@ -19,7 +19,7 @@ EMBEDDED_TEST_PER_DIGIT = 100
 CACHE_BYTES = 4 * 2**20  # 5,000 digits
 MAX_DIGITS = 1_000_000  # in one file; the real ones have 60,000 and 10,000
 PARTS = ("train", "t10k")
-IDX = {"images": 3, "labels": 1}  # kinds of files, and how many dimensions they have
+IDX = {"images": 3, "labels": 1}  # kinds of files, and their number of dimensions
 
 
 class Digits(NamedTuple):
@@ -38,7 +38,7 @@ def load(source: str, data_dir) -> tuple[Digits, Digits]:
 
 
 def embedded(data_dir: Path) -> tuple[Digits, Digits]:
-    """4,000 training and 1,000 test digits: of the 500 of each digit the last 100 are for testing.
+    """4,000 training and 1,000 test digits: the last 100 of the 500 of each class are for testing.
 
     All come from MNIST's own training part. Parsing the package's text file takes seconds, so a
     binary copy is kept in `data_dir`.
@@ -142,11 +142,11 @@ def _read_part(raw: Path, part: str) -> Digits:
 def _read_idx(path: Path, dimensions: int) -> np.ndarray:
     """The bytes in a file of the IDX format (two zeros, type 8 = bytes, dimensions, sizes, data).
 
-    Not with torchvision, which believes what the header says. Raises `DataError`.
+    Not by torchvision, which trusts the sizes in the header. Raises `DataError`.
     """
     try:
         with open(path, "rb") as file:
-            there = os.fstat(file.fileno()).st_size
+            size = os.fstat(file.fileno()).st_size
             header = file.read(4 + 4 * dimensions)
             if len(header) < 4 + 4 * dimensions or header[:4] != bytes((0, 0, 8, dimensions)):
                 packed = header[:2] == b"\x1f\x8b"
@@ -154,9 +154,9 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
             shape = struct.unpack(f">{dimensions}I", header[4:])
             if shape[0] > MAX_DIGITS or shape[1:] not in ((), (SIDE, SIDE)):
                 raise ValueError(f"its header promises an array of {shape}")
-            if there != len(header) + math.prod(shape):
+            if size != len(header) + math.prod(shape):
                 raise ValueError(
-                    f"{there} bytes instead of {len(header) + math.prod(shape)} for {shape}"
+                    f"{size} bytes instead of {len(header) + math.prod(shape)} for {shape}"
                 )
             data = np.fromfile(file, dtype=np.uint8, count=math.prod(shape))
             return data.reshape(shape)

@@ -2,7 +2,7 @@
 
 Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", 2020. The public Kaggle
 upload `archive.zip` is read in place and never unpacked (see `picture_files`); an unpacked folder
-does as well.
+works as well.
 """
 
 import csv
@@ -59,14 +59,14 @@ class WaterBirds(NamedPictures):
         return f"{super().place_of(i)} ({METADATA}, row {self.rows[i]})"
 
     def identity(self) -> dict:
-        """What tells these data from others, as plain data, for the keys of caches."""
+        """Plain data that change with the pictures and metadata, for the keys of caches."""
         return {"source": "WaterBirds", "metadata_sha256": self.digest} | self.files_identity
 
 
 def load(data_dir) -> WaterBirds:
     """WaterBirds in `data_dir`: `waterbirds_v1.0/archive.zip`, or unpacked.
 
-    Raises `DataError` when it is not there (saying where to get it), or when the archive or
+    Raises `DataError` when it is missing (saying where to get it), or when the archive or
     metadata.csv are not usable.
     """
     data_dir = Path(data_dir)
@@ -123,7 +123,8 @@ def _parse(data: bytes, path: str) -> tuple[list[str], list[dict]]:
     table = [(number, row) for number, row in table if row]
     raise_problems([] if table else [f"{path}: no rows"])
 
-    problems, names, values, first = [], [], [], {}
+    problems, names, values = [], [], []
+    first: dict[str, int] = {}  # row of each file name
     for number, cells in table:
         where = f"{path}, row {number}"
         if len(cells) != len(header):
