@@ -7,9 +7,8 @@ import signal
 import pandas as pd
 import pytest
 import torch
+from material import assert_equal, at_call, sent, write_cifar10
 from PIL import Image
-from test_cifar10 import write_folder
-from test_resume import assert_equal, at_call, sent
 
 import dfr as dfr_command
 import main
@@ -31,7 +30,7 @@ TEN = {
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
-    write_folder(folder, train=20, test=4)
+    write_cifar10(folder, train=20, test=4)
     return folder
 
 

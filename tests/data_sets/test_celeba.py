@@ -1,7 +1,6 @@
 """CelebA: the lists and pictures, groups of tasks, drawn splits; a stand-in end to end."""
 
 import io
-import json
 import math
 import shutil
 
@@ -10,46 +9,24 @@ import pandas as pd
 import pytest
 import torch
 import torchvision.transforms.v2.functional as functional
+from material import FACE_ATTRIBUTES, FACES, NO_ANALYSES, PLANTED, REBALANCING, celeba_keys
 from PIL import Image
-from test_rebalancing import METHODS
 
 import data_loader
 import main
-import plotting
 from benchmarks import celeba_standin
 from lab.config import loading
 from lab.config.records import BUILT_IN
 from lab.config.registry import Analysis
 from lab.data_sets.sources import celeba
 from lab.splits import groups
-from lab.splits.pictures import IMAGENET_MEAN, IMAGENET_STD
+from lab.splits.pixels import IMAGENET_MEAN, IMAGENET_STD
 from lab.system import picture_files
 from lab.system.errors import ConfigError, DataError
 
-NAMES = ["Blond_Hair", "Male", "Smiling", "Young"]
-PLANTED = {"Blond_Hair": ("Male", -1)}
-N = 360
-NO_ANALYSES = {"analyses": "none"}
-
-
-@pytest.fixture(scope="module")
-def faces(tmp_path_factory):
-    """(data folder, attributes (N, 4)) of a small stand-in."""
-    folder = tmp_path_factory.mktemp("faces")
-    return folder, celeba_standin.write(folder, N, NAMES, PLANTED)
-
-
-def keys(folder, **changes):
-    """Settings that take all of it, small."""
-    return {
-        "dataset_name": "CelebA", "data_dir": str(folder), "target_resolution": 16,
-        "num_train_samples": None, "num_val_samples": None, "num_test_samples": None,
-        "dfr_val_split_strategy": "original", "normalize_inputs": False,
-    } | changes  # fmt: skip
-
 
 def load(folder, **changes):
-    return data_loader.load(loading.validate(keys(folder, **changes)))
+    return data_loader.load(loading.validate(celeba_keys(folder, **changes)))
 
 
 @pytest.fixture
@@ -100,7 +77,9 @@ def test_groups_of_several_shortcuts_by_hand(faces):
     assert splits.group_names[1] == "not Smiling, not Male, Young"
     assert splits.group_names[6] == "Smiling, Male, not Young"
     rows = splits.train.inputs.rows
-    smiling, male, young = (values[rows, NAMES.index(n)] for n in ("Smiling", "Male", "Young"))
+    smiling, male, young = (
+        values[rows, FACE_ATTRIBUTES.index(n)] for n in ("Smiling", "Male", "Young")
+    )
     expected = 4 * (smiling > 0) + 2 * (male > 0) + (young > 0)
     assert (expected == splits.train.group.numpy()).all()
     assert splits.train.y.tolist() == smiling.tolist()
@@ -140,7 +119,7 @@ def test_layouts(faces, changed, tmp_path, layout):
     expected = celeba.load(faces[0], 16)
     if layout == "kaggle":
         shutil.rmtree(changed)
-        celeba_standin.write(changed.parent, N, NAMES, PLANTED, kaggle=True)
+        celeba_standin.write(changed.parent, FACES, FACE_ATTRIBUTES, PLANTED, kaggle=True)
     elif layout == "zip":
         shutil.make_archive(str(changed / "img_align_celeba"), "zip", changed, "img_align_celeba")
         shutil.rmtree(changed / "img_align_celeba")
@@ -150,13 +129,13 @@ def test_layouts(faces, changed, tmp_path, layout):
         inner.mkdir()
         (changed / "inner").rename(inner / "img_align_celeba")
     elif layout == "csv":
-        celeba_standin.write(tmp_path / "k", N, NAMES, PLANTED, kaggle=True)
+        celeba_standin.write(tmp_path / "k", FACES, FACE_ATTRIBUTES, PLANTED, kaggle=True)
         shutil.unpack_archive(tmp_path / "k" / "celeba" / "archive.zip", tmp_path / "k")
         for name in ("list_attr_celeba", "list_eval_partition"):
             (changed / f"{name}.txt").unlink()
             shutil.copy(tmp_path / "k" / f"{name}.csv", changed)
     found = celeba.load(changed.parent, 16)
-    assert found.attribute_names == NAMES
+    assert found.attribute_names == FACE_ATTRIBUTES
     assert (found.attributes == faces[1]).all()
     assert (found.partition == expected.partition).all()
     assert (found.decode(7) == expected.decode(7)).all()
@@ -270,7 +249,7 @@ def test_drawn_splits_have_the_published_counts(faces):
 
 
 def test_groups_that_are_missing_in_drawn_splits_are_named(tmp_path):
-    celeba_standin.write(tmp_path, 40, NAMES, PLANTED)
+    celeba_standin.write(tmp_path, 40, FACE_ATTRIBUTES, PLANTED)
     path = tmp_path / "celeba" / "list_attr_celeba.txt"
     lines = path.read_text().splitlines()
     lines[2:] = [
@@ -288,7 +267,7 @@ def test_groups_that_are_missing_in_drawn_splits_are_named(tmp_path):
 
 
 def test_a_drawn_minority_against_an_independent_shortcut(tmp_path):
-    celeba_standin.write(tmp_path, 40, NAMES, PLANTED)
+    celeba_standin.write(tmp_path, 40, FACE_ATTRIBUTES, PLANTED)
     path = tmp_path / "celeba" / "list_attr_celeba.txt"
     lines = path.read_text().splitlines()
     cells = ["-1 -1", "-1 1", "1 -1", "1 1"]
@@ -302,7 +281,7 @@ def test_a_drawn_minority_against_an_independent_shortcut(tmp_path):
 
 def test_keys_of_other_data_sets_have_no_effect(faces):
     given = {"mnist_source": "full", "train_correlation": 0.5, "num_val_samples": 0}
-    config = loading.validate(keys(faces[0], best_epoch_by="avg_acc") | given)
+    config = loading.validate(celeba_keys(faces[0], best_epoch_by="avg_acc") | given)
     assert [line for line in config.ignored if "dfr" not in line] == [
         "mnist_source (only for ColoredMNIST, Dominoes, SpuriousMNIST)",
         "train_correlation (only for ColoredMNIST, Dominoes)",
@@ -321,7 +300,7 @@ def test_misspelt_attributes_are_named_with_the_nearest(faces, capsys, tmp_path)
     line = capsys.readouterr().err.strip()
     assert line.startswith("groupings: given Mael, but ")
     assert line.endswith("has no such attribute; did you mean Male?")
-    with pytest.raises(DataError, match="there are Blond_Hair, Male, Smiling, Young"):
+    with pytest.raises(DataError, match="allowed: Blond_Hair, Male, Smiling, Young"):
         load(faces[0], groupings=["Blond_Hair:Xyzzy"])
 
 
@@ -351,7 +330,7 @@ def test_misspelt_attributes_are_named_with_the_nearest(faces, capsys, tmp_path)
 )
 def test_what_does_not_go_together_is_refused(faces, changes, message):
     with pytest.raises(ConfigError) as error:
-        loading.validate(keys(faces[0], **changes))
+        loading.validate(celeba_keys(faces[0], **changes))
     assert message in str(error.value)
 
 
@@ -365,7 +344,7 @@ def test_missing_data_say_where_to_get_them(tmp_path, changed):
 
 def test_missing_and_broken_faces(changed):
     (changed / "img_align_celeba" / "000002.jpg").unlink()
-    with pytest.raises(DataError, match=r"000002.jpg: there is no such file"):
+    with pytest.raises(DataError, match=r"000002.jpg: no such file"):
         load(changed.parent)
     out = io.BytesIO()
     Image.new("RGB", (178, 217)).save(out, "JPEG")
@@ -380,10 +359,10 @@ def test_missing_and_broken_faces(changed):
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("list_attr_celeba.txt", "000005.jpg", "000004.jpg", "'000004.jpg' is there twice"),
-        ("list_attr_celeba.txt", "Male", "Smiling", "an attribute is there twice"),
+        ("list_attr_celeba.txt", "000005.jpg", "000004.jpg", "'000004.jpg' is in two rows"),
+        ("list_attr_celeba.txt", "Male", "Smiling", "a column has the same name as another"),
         ("list_attr_celeba.txt", "000005.jpg", "../x.jpg", "leads out of the folder"),
-        ("list_attr_celeba.txt", f"{N}\n", "", "not readable as a list of CelebA"),
+        ("list_attr_celeba.txt", f"{FACES}\n", "", "not readable as a list of CelebA"),
         (
             "list_eval_partition.txt",
             "000005.jpg 0",
@@ -392,7 +371,12 @@ def test_missing_and_broken_faces(changed):
         ),
         ("list_eval_partition.txt", "000005.jpg 0\n", "", "no row of 000005.jpg"),
         ("list_eval_partition.txt", " 0\n", " 0 1\n", "2 values a row instead of 1"),
-        ("list_attr_celeba.txt", f"{N}\n", f"{N + 1}\n", f"{N} rows, {N + 1} by its first line"),
+        (
+            "list_attr_celeba.txt",
+            f"{FACES}\n",
+            f"{FACES + 1}\n",
+            f"{FACES} rows, {FACES + 1} by its first line",
+        ),
         ("list_attr_celeba.txt", "Smiling Young", "Smiling", "5 values a row, 4 names of columns"),
     ],
     ids=str,
@@ -421,7 +405,7 @@ def test_a_value_that_is_no_attribute_is_named(changed, value):
 
 
 def test_a_list_without_its_last_lines_is_not_taken_for_all_of_them(tmp_path):
-    celeba_standin.write(tmp_path, 20, NAMES, PLANTED, kaggle=True)
+    celeba_standin.write(tmp_path, 20, FACE_ATTRIBUTES, PLANTED, kaggle=True)
     home = tmp_path / "celeba"
     shutil.unpack_archive(home / "archive.zip", home)
     path = home / "list_attr_celeba.csv"
@@ -430,38 +414,17 @@ def test_a_list_without_its_last_lines_is_not_taken_for_all_of_them(tmp_path):
         load(tmp_path)
 
 
-@pytest.fixture
-def go(tmp_path, faces, monkeypatch):
-    """go(place, **keys) -> (exit code, run folder), without plots, which other tests draw."""
-    monkeypatch.setattr(plotting, "draw", lambda folder, **_: [])
-
-    def run(place, data=faces[0], **changes):
-        given = keys(data, **{"use_dfr": False, **NO_ANALYSES, **changes})
-        given |= {
-            "results_dir": str(tmp_path / place), "model_name": "ConvNet", "latent_size": 8,
-            "learning_rate": 0.05, "momentum": 0.9, "epochs": 1, "train_batch_size": 20,
-            "wandb": {"enable": False},
-        } | changes  # fmt: skip
-        path = tmp_path / f"{place}.yaml"
-        path.write_text(json.dumps(given))
-        code = main.main(["--config", str(path)])
-        (folder,) = (tmp_path / place).iterdir()
-        return code, folder
-
-    return run
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_on_pictures(go, method):
-    code, folder = go(method, debias_method=method, data_augmentation=True)
+@pytest.mark.parametrize("method", REBALANCING)
+def test_every_method_on_pictures(celeba_run, method):
+    code, folder = celeba_run(method, debias_method=method, data_augmentation=True)
     assert code == 0
     history = pd.read_csv(folder / "training_history.csv")
     assert len(history) == 2 and history["test_worst_acc"].notna().all()
 
 
 @pytest.mark.parametrize("method", ["SCALE", "ERM_target"])
-def test_target_methods_on_drawn_splits(go, method):
-    code, folder = go(
+def test_target_methods_on_drawn_splits(celeba_run, method):
+    code, folder = celeba_run(
         method, debias_method=method, groupings=["Male:Blond_Hair"], celeba_majority_samples=16,
         spurious_strength=0.8, val_target_size=16, train_batch_size=8, use_dfr=True,
         dfr_val_split_strategy="target", dfr_num_workers=1, dfr_c_options=[1.0],
@@ -472,9 +435,11 @@ def test_target_methods_on_drawn_splits(go, method):
     assert counts[counts["split"] == "target"]["count"].tolist() == [2] * 4
 
 
-def test_networks_and_features_end_to_end(go, tmp_path):
+def test_networks_and_features_end_to_end(celeba_run, tmp_path):
     """A ResNet on the pixels, an MLP with all analyses on cached features, three attributes."""
-    code, _ = go("resnet", model_name="ResNet18", target_resolution=32, num_train_samples=20)
+    code, _ = celeba_run(
+        "resnet", model_name="ResNet18", target_resolution=32, num_train_samples=20
+    )
     assert code == 0
     features = {
         "model_name": "MLP", "use_feature_extractor": True, "target_resolution": 224,
@@ -482,15 +447,17 @@ def test_networks_and_features_end_to_end(go, tmp_path):
         "num_train_samples": 24, "num_val_samples": 8, "num_test_samples": 8, "hidden_dim": 8,
     }  # fmt: skip
     on = {f"analyze_{name}": True for name in BUILT_IN.of(Analysis)}
-    code, folder = go("features", **features, **on)
+    code, folder = celeba_run("features", **features, **on)
     assert code == 0
     assert (folder / "analysis.csv").exists()
-    code, folder = go("three", groupings=["Smiling:Male,Young"], target_resolution=16)
+    code, folder = celeba_run("three", groupings=["Smiling:Male,Young"], target_resolution=16)
     assert code == 0
     assert "test_group_7_acc" in pd.read_csv(folder / "training_history.csv").columns
 
 
-def test_rebalancing_helps_the_worst_group_of_the_planted_pair(go, tmp_path_factory, monkeypatch):
+def test_rebalancing_helps_the_worst_group_of_the_planted_pair(
+    celeba_run, tmp_path_factory, monkeypatch
+):
     """One seed of the table in the README, smaller; every face is decoded once only."""
     data = tmp_path_factory.mktemp("more")
     decode, kept = celeba.CelebA.decode, {}
@@ -501,11 +468,11 @@ def test_rebalancing_helps_the_worst_group_of_the_planted_pair(go, tmp_path_fact
         return kept[i]
 
     monkeypatch.setattr(celeba.CelebA, "decode", once)
-    celeba_standin.write(data, 2400, NAMES[:2], PLANTED)
+    celeba_standin.write(data, 2400, FACE_ATTRIBUTES[:2], PLANTED)
     worst = {}
     epochs = {"None": 6, "RWG": 4, "SUBG": 15, "JTT": 6}
     for method, number in epochs.items():
-        code, folder = go(
+        code, folder = celeba_run(
             method, data, debias_method=method, epochs=number, target_resolution=8,
             jtt_lambda_up=6, jtt_learning_rate=0.005, num_val_samples=0, latent_size=64,
         )  # fmt: skip

@@ -9,28 +9,12 @@ import urllib.error
 
 import numpy as np
 import pytest
+from material import cifar10_pictures, write_cifar10
 from PIL import Image
 from torchvision.datasets import CIFAR10, utils
 
 from lab.data_sets.sources import cifar10
 from lab.system.errors import DataError
-
-
-def pictures(n, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, 3, 32, 32), dtype=np.uint8)
-
-
-def write_folder(data_dir, train=2, test=1, classes=cifar10.CLASSES, suffix=".png"):
-    """A folder of pictures; returns {part: (N, 3, 32, 32)} in the order of class and name."""
-    written = {}
-    for seed, (part, n) in enumerate({"train": train, "test": test}.items()):
-        written[part] = pictures(n * len(classes), seed)
-        for i, picture in enumerate(written[part]):
-            folder = data_dir / "cifar10" / part / classes[i // n]
-            folder.mkdir(parents=True, exist_ok=True)
-            # Smooth ones survive JPEG.
-            Image.fromarray(picture.transpose(1, 2, 0)).save(folder / f"{i % n:04d}{suffix}")
-    return written
 
 
 @pytest.fixture
@@ -48,7 +32,7 @@ def small_original(tmp_path, monkeypatch, no_network):
     """
     folder = tmp_path / cifar10.BATCHES
     folder.mkdir()
-    images, labels = pictures(20), np.arange(20) * 3 % 10
+    images, labels = cifar10_pictures(20), np.arange(20) * 3 % 10
     contents = {
         name: {"data": images[part].reshape(10, -1), "labels": labels[part].tolist()}
         for name, part in (("data_batch_1", slice(0, 10)), ("test_batch", slice(10, 20)))
@@ -89,7 +73,7 @@ def test_the_original(small_original):
 
 def test_the_original_goes_before_the_folder(small_original):
     data_dir, images, _ = small_original
-    write_folder(data_dir)
+    write_cifar10(data_dir)
     train, _, origin = cifar10.load(data_dir)
     assert np.array_equal(train.images, images[:10])
     assert origin.startswith("the original")
@@ -175,7 +159,7 @@ def test_a_download_does_not_wait_for_long(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_pictures(tmp_path, caplog):
-    written = write_folder(tmp_path, train=3, test=2)
+    written = write_cifar10(tmp_path, train=3, test=2)
     (tmp_path / "cifar10" / "train" / "truck" / ".0000.png").write_bytes(b"no picture")
     (tmp_path / "cifar10" / "train" / "truck" / "notes.txt").write_text("no picture")
     with caplog.at_level("WARNING", logger="spurious"):
@@ -189,7 +173,7 @@ def test_a_folder_of_pictures(tmp_path, caplog):
 
 
 def test_processes_give_what_one_gives(tmp_path, monkeypatch):
-    written = write_folder(tmp_path, train=3, test=2)
+    written = write_cifar10(tmp_path, train=3, test=2)
     monkeypatch.setattr(cifar10, "CHUNK", 7)
     for workers in (0, 2, None):
         train, test, _ = cifar10.load(tmp_path, workers=workers)
@@ -198,7 +182,7 @@ def test_processes_give_what_one_gives(tmp_path, monkeypatch):
 
 
 def test_only_the_classes_that_are_needed_are_read(tmp_path):
-    written = write_folder(tmp_path, classes=("automobile", "truck"))
+    written = write_cifar10(tmp_path, classes=("automobile", "truck"))
     train, _, _ = cifar10.load(tmp_path, ("automobile", "truck"))
     assert np.array_equal(train.images, written["train"])
     assert train.labels.tolist() == [1, 1, 9, 9]
@@ -220,11 +204,11 @@ def test_jpeg_and_grey_pictures(tmp_path):
 
 
 def test_unusable_pictures_are_all_named(tmp_path):
-    write_folder(tmp_path, classes=("cat",))
+    write_cifar10(tmp_path, classes=("cat",))
     folder = tmp_path / "cifar10" / "train" / "cat"
     Image.new("RGB", (33, 32)).save(folder / "0000.png")
     whole = io.BytesIO()
-    Image.fromarray(pictures(1)[0].transpose(1, 2, 0)).save(whole, "PNG")
+    Image.fromarray(cifar10_pictures(1)[0].transpose(1, 2, 0)).save(whole, "PNG")
     (folder / "0001.png").write_bytes(whole.getvalue()[:-500])
     lines = problem(tmp_path, classes=("cat",)).splitlines()
     assert len(lines) == 2

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_cifar10 import write_folder
+from material import write_cifar10
 
 import data_loader
 import main
@@ -223,7 +223,9 @@ def test_asking_for_more_than_there_is(load):
         load(num_test_samples=400, **TEN)
     with pytest.raises(DataError, match=r"val_target_size: 104 samples .*; lower val_target_size$"):
         load(val_target_size=208)
-    with pytest.raises(DataError, match="val_target_size: 200 pictures are all that there are"):
+    with pytest.raises(
+        DataError, match="val_target_size: given 200, which leaves no picture to train on"
+    ):
         load(val_target_size=200)
 
 
@@ -394,7 +396,7 @@ def test_keys_without_effect():
 
 def test_a_run_from_a_folder_of_pictures(tmp_path, data_dir, capsys):
     """Binary, with the embedded digits: analyses, the target set, DFR on it, every table."""
-    write_folder(tmp_path / "data", train=60, test=20, classes=("automobile", "truck"))
+    write_cifar10(tmp_path / "data", train=60, test=20, classes=("automobile", "truck"))
     options = {
         "dataset_name": "Dominoes", "data_dir": tmp_path / "data",
         "results_dir": tmp_path / "results", "num_train_samples": 64, "num_test_samples": 32,

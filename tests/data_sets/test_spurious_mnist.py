@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from hypothesis import strategies as st
-from test_resume import assert_equal, at_call, sent
+from material import assert_equal, at_call, sent
 
 import data_loader
 import dfr as dfr_command
@@ -93,19 +93,18 @@ ALL_LINES = [
 ]
 
 
-@pytest.mark.parametrize("shortcut", [*SQUARES, *ALL_LINES, NoShortcut(kind="none")], ids=str)
-def test_shortcuts_pixel_by_pixel(data_dir, shortcut):
+def test_shortcuts_pixel_by_pixel(data_dir):
     digits = mnist.embedded(data_dir)[1].images[::250].copy()
-    before = digits.copy()
-    pictures = spurious_mnist.draw(digits, shortcut)
-    assert pictures.dtype == np.uint8 and (digits == before).all()
-    for digit, picture in zip(digits, pictures, strict=True):
-        np.testing.assert_array_equal(picture, naive(digit, shortcut))
-    # The mask is what is drawn on an empty picture.
-    empty = np.zeros((1, 28, 28), dtype=np.uint8)
-    np.testing.assert_array_equal(
-        spurious_mnist.draw(empty, shortcut)[0] > 0, spurious_mnist.mask(shortcut)
-    )
+    before, empty = digits.copy(), np.zeros((1, 28, 28), dtype=np.uint8)
+    for shortcut in (*SQUARES, *ALL_LINES, NoShortcut(kind="none")):
+        pictures = spurious_mnist.draw(digits, shortcut)
+        assert pictures.dtype == np.uint8 and (digits == before).all()
+        for digit, picture in zip(digits, pictures, strict=True):
+            np.testing.assert_array_equal(picture, naive(digit, shortcut), str(shortcut))
+        # The mask is what is drawn on an empty picture.
+        np.testing.assert_array_equal(
+            spurious_mnist.draw(empty, shortcut)[0] > 0, spurious_mnist.mask(shortcut)
+        )
 
 
 def test_names_tell_shortcuts_apart():
@@ -306,7 +305,7 @@ def test_by_default_every_label_has_a_shortcut_of_its_own(drawn):
     assert again.resolved() == config.resolved() and again.ignored == config.ignored
 
 
-def test_all_digits_that_there_are(drawn):
+def test_all_available_digits(drawn):
     _, splits = drawn(num_train_samples=900, num_val_samples=None, num_test_samples=None)
     assert [len(splits.test), len(splits.val)] == [300, 300]
     assert len(splits.train) + len(splits.dfr) == 900
@@ -366,15 +365,15 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("text", "expected"), ERRORS, ids=[text for text, _ in ERRORS])
-@pytest.mark.parametrize("as_override", [False, True])
-def test_errors_are_one_line(tmp_path, text, expected, as_override):
-    given = f"spurious_features={text}"
-    path = tmp_path / "c.yaml"
+def test_errors_are_one_line(tmp_path, text, expected):
+    in_file, as_override = tmp_path / "a.yaml", tmp_path / "b.yaml"
     own = "dataset_name: SpuriousMNIST\nloss_function: cross_entropy\nlabels: [3, 8]\n"
-    path.write_text(own + given.replace("=", ": ", 1) * (not as_override))
-    with pytest.raises(ConfigError) as error:
-        load_config(path, [given] if as_override else [])
-    assert list(error.value.problems) == [expected]
+    in_file.write_text(f"{own}spurious_features: {text}")
+    as_override.write_text(own)
+    for path, overrides in ((in_file, []), (as_override, [f"spurious_features={text}"])):
+        with pytest.raises(ConfigError) as error:
+            load_config(path, overrides)
+        assert list(error.value.problems) == [expected]
 
 
 def test_labels_may_be_numbers_or_text_and_overridden_one_by_one(tmp_path):

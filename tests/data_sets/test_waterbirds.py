@@ -25,7 +25,7 @@ from lab.config import loading
 from lab.data_sets import waterbirds as waterbirds_set
 from lab.data_sets.sources import waterbirds
 from lab.evaluation import predictions
-from lab.splits import groups, pictures
+from lab.splits import groups, pictures, pixels
 from lab.system import picture_files
 from lab.system.errors import ConfigError, DataError
 
@@ -333,7 +333,7 @@ def test_repeated_member_is_refused(archive_with, drawn):
     folder = archive_with()
     with pytest.warns(UserWarning, match="Duplicate name"):
         add_member(folder, f"waterbird/{drawn[0][0][1]}")
-    with pytest.raises(DataError, match="there twice"):
+    with pytest.raises(DataError, match="the name of another member"):
         load(folder)
 
 
@@ -582,7 +582,7 @@ def test_memory_is_bounded(size, ahead):
 
 def test_batches_have_a_limit_in_bytes(good, monkeypatch):
     split = load(good).test
-    monkeypatch.setattr(pictures, "BATCH_BYTES", 2 * 4 * 3 * 224 * 224)
+    monkeypatch.setattr(pixels, "BATCH_BYTES", 2 * 4 * 3 * 224 * 224)
     plan = list(predictions.group_batches(split, 1000))
     assert [group for group, _ in plan] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert max(part.stop - part.start for _, part in plan) == 2

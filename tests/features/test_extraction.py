@@ -29,7 +29,7 @@ from lab.features import backbones
 from lab.features import cache as feature_cache
 from lab.features import extraction as feature_extractor
 from lab.networks import weights as weight_files
-from lab.splits.pictures import IMAGENET_MEAN, IMAGENET_STD
+from lab.splits.pixels import IMAGENET_MEAN, IMAGENET_STD
 from lab.splits.splits import Split, Splits
 from lab.system.errors import ConfigError, DataError
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import FakeRun, make_splits, many_groups
-from test_resume import at_call, sent
+from material import REBALANCING, at_call, sent
 
 import main
 from lab import methods
@@ -23,8 +23,6 @@ from lab.splits import splits as splits_of
 from lab.system.errors import UserError
 from lab.training import identification
 from lab.training import loop as trainer
-
-METHODS = ("RWY", "RWG", "SUBY", "SUBG", "JTT")
 
 
 def build(name, splits, **keys):
@@ -278,7 +276,7 @@ def go(tmp_path, data_dir, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", REBALANCING)
 @pytest.mark.parametrize("size", [20, "null"], ids=["minibatches", "full batch"])
 def test_every_method_on_digits(go, name, size):
     code, folder = go(name, debias_method=name, train_batch_size=size)

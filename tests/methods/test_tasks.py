@@ -14,9 +14,8 @@ from conftest import FakeRun, in_float64, limited, make_splits
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from material import NO_ANALYSES, at_call, celeba_keys, sent
 from scipy.optimize import minimize
-from test_celeba import NO_ANALYSES, faces, go, keys, load  # noqa: F401
-from test_resume import at_call, sent
 
 import main
 import plotting
@@ -414,7 +413,7 @@ def test_one_task_among_several_is_the_single_task_bit_for_bit(tmp_path):
     ids=str,
 )
 def test_what_several_tasks_cannot_have_is_refused(changes, message):
-    given_keys = keys("x", groupings=TWO, use_dfr=False, **NO_ANALYSES)
+    given_keys = celeba_keys("x", groupings=TWO, use_dfr=False, **NO_ANALYSES)
     assert loading.validate(given_keys)
     with pytest.raises(ConfigError) as error:
         loading.validate(given_keys | changes)
@@ -433,8 +432,8 @@ def test_what_several_tasks_cannot_have_is_refused(changes, message):
     ],
     ids=str,
 )
-def test_several_tasks_end_to_end(go, changes):  # noqa: F811
-    code, folder = go("run", groupings=TWO, epochs=2, target_resolution=8, **changes)
+def test_several_tasks_end_to_end(celeba_run, changes):
+    code, folder = celeba_run("run", groupings=TWO, epochs=2, target_resolution=8, **changes)
     assert code == 0
     log = (folder / "run.log").read_text()
     history = pd.read_csv(folder / "training_history.csv")
@@ -457,9 +456,9 @@ def test_several_tasks_end_to_end(go, changes):  # noqa: F811
     assert counts["name"].tolist()[1] == "not Smiling, Young" and counts["count"].sum() == 216
 
 
-def test_figures_of_every_task(go, monkeypatch):  # noqa: F811
+def test_figures_of_every_task(celeba_run, monkeypatch):
     with monkeypatch.context():
-        code, folder = go("run", groupings=TWO, epochs=1, target_resolution=8)
+        code, folder = celeba_run("run", groupings=TWO, epochs=1, target_resolution=8)
     assert code == 0
     run = tables.read_run(folder)
     assert tables.task_names(run) == ["Blond_Hair", "Smiling"]
@@ -477,16 +476,18 @@ def test_figures_of_every_task(go, monkeypatch):  # noqa: F811
 
 @pytest.mark.parametrize("changes", [{"loss_balanced_task_weighting": True},
                                      {"task_weighting": "delta"}], ids=str)  # fmt: skip
-def test_weights_of_tasks_survive_a_stop_in_the_middle_of_an_epoch(go, monkeypatch, changes):  # noqa: F811
+def test_weights_of_tasks_survive_a_stop_in_the_middle_of_an_epoch(
+    celeba_run, monkeypatch, changes
+):
     """216 faces in batches of 40: six steps an epoch."""
     asked = {
         "groupings": TWO, "epochs": 2, "target_resolution": 8, "train_batch_size": 40,
     } | changes  # fmt: skip
-    code, whole = go("whole", **asked)
+    code, whole = celeba_run("whole", **asked)
     assert code == 0
     with monkeypatch.context() as patch:
         at_call(patch, torch.optim.SGD, "step", 9, sent(signal.SIGTERM))
-        code, folder = go("run", **asked)
+        code, folder = celeba_run("run", **asked)
     assert code == 143
     assert main.main(["--resume", str(folder)]) == 0
     name = "training_history.csv"

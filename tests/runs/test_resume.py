@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +15,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from material import SMALL, assert_equal, at_call, sent
 
-import main as program
 from benchmarks import kill
 from lab.figures import drawing
 from lab.retraining import head as dfr
@@ -27,11 +26,6 @@ from lab.system.command import Stopped, exit_code, stop_signals, whole_step
 from lab.training import loop as trainer
 
 ROOT = Path(__file__).parents[2]
-SMALL = [
-    "num_train_samples=200", "num_test_samples=60", "num_val_samples=40", "hidden_dim=8",
-    "epochs=4", "checkpoint_every=2", "dfr_num_workers=1", "dfr_num_retrains=2",
-    "wandb.enable=false",
-]  # fmt: skip
 ADAM = ["optimizer=Adam", "learning_rate=1e-3", "train_batch_size=50"]  # 4 steps an epoch
 CASES = {
     "adam": ADAM,
@@ -41,39 +35,6 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """Runs that several tests start from, each made once and copied: {what: folder}."""
-    return tmp_path_factory.mktemp("kept"), {}
-
-
-@pytest.fixture
-def go(tmp_path, data_dir, capsys, few_figures, kept):
-    """go(argument, …) -> (exit code, stderr lines)."""
-    (tmp_path / "c.yaml").write_text("experiment_name: small\n")
-
-    def run(*arguments, results="results"):
-        if "--resume" not in arguments:
-            fixed = [f"results_dir={tmp_path / results}", f"data_dir={data_dir}"]
-            names = {argument.split("=")[0] for argument in arguments}
-            small = [a for a in SMALL if a.split("=")[0] not in names]
-            arguments = ["--config", str(tmp_path / "c.yaml"), *fixed, *small, *arguments]
-        code = program.main(list(arguments))
-        run.out, err = capsys.readouterr()
-        return code, err.splitlines()
-
-    def copied(what, make, results):
-        place, made = kept
-        if what not in made:
-            make(f"kept_{what}")
-            made[what] = shutil.move(run.folder(f"kept_{what}"), place / what)
-        return Path(shutil.copytree(made[what], tmp_path / results / made[what].name))
-
-    run.folder = lambda results="results": next((tmp_path / results).iterdir())
-    run.copied = copied
-    return run
-
-
 def finished(go, case, results="whole"):
     """A folder of its own with the whole run of a case."""
 
@@ -81,29 +42,6 @@ def finished(go, case, results="whole"):
         assert go(*CASES[case], results=results)[0] == 0
 
     return go.copied(case, make, results)
-
-
-def assert_equal(folder, reference):
-    assert kill.differences(folder, reference) == []
-    assert json.loads((folder / "status.json").read_text())["state"] == "done"
-    assert not [path for path in folder.rglob(".*") if path.name != ".lock"]
-
-
-def at_call(monkeypatch, owner, name, call, action):
-    """Run `action` before the given call (from 1) of a function, once."""
-    real, calls = getattr(owner, name), []
-
-    def wrapped(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            action()
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, wrapped)
-
-
-def sent(signum):
-    return lambda: signal.raise_signal(signum)
 
 
 # Where the run is when the signal comes, and the checkpoint (epoch, step) it leaves.

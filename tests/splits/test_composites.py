@@ -66,8 +66,10 @@ def test_224_rows_to_the_pixel():
 
 
 @pytest.mark.parametrize("image_size", [32, 224])
-@pytest.mark.parametrize("grayscale", [False, True])
-@pytest.mark.parametrize("scaling", [None, "norm", "channels"])
+@pytest.mark.parametrize(
+    "scaling, grayscale",
+    [(None, True), ("norm", False), ("norm", True), ("channels", False), ("channels", True)],
+)
 def test_scaling_and_grey(image_size, grayscale, scaling):
     options = {"image_size": image_size, "grayscale": grayscale}
     plain = Composites(*parts(), image_size=image_size)[:].double()

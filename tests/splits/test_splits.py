@@ -153,3 +153,11 @@ def test_the_fingerprint_needs_no_contiguous_tensors():
     splits.train.inputs = splits.train.inputs.T.contiguous().T
     assert not splits.train.inputs.is_contiguous()
     assert splits.fingerprint() == before
+
+
+def test_splits_by_name():
+    parts = {name: make_split((1, 2, 1, 1)) for name in ("train", "test", "val", "clean")}
+    splits = Splits.from_named(parts, group_names=list("abcd"), facts={"source": "made up"})
+    assert list(splits.named()) == ["train", "test", "val", "clean"]
+    assert splits.evaluation_sets == {"clean": parts["clean"]}
+    assert splits.dfr is None and splits.samples == {} and splits.facts == {"source": "made up"}

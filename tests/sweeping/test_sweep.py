@@ -17,6 +17,7 @@ import yaml
 import sweep
 from lab.config import loading, strict_yaml
 from lab.sweeping import launch, plan
+from lab.system import cores
 from lab.system.errors import ConfigError, UserError
 
 ROOT = Path(__file__).parents[2]
@@ -529,7 +530,7 @@ def test_ctrl_c_stops_the_jobs_with_their_checkpoints(stand_in, write, tmp_path,
 
 def test_cores_and_gpus_are_shared_out(stand_in, begin, monkeypatch, capsys):
     folder, _ = begin("environment")
-    monkeypatch.setattr(launch, "cores", lambda: 7)
+    monkeypatch.setattr(cores, "available", lambda: 7)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "5")  # what the user says, stays
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,MIG-1")
@@ -544,7 +545,7 @@ def test_cores_and_gpus_are_shared_out(stand_in, begin, monkeypatch, capsys):
     (64 * 2**30, 0, 8), (5 * 2**30, 0, 2), (2**30, 0, 1), (None, 0, 8), (64 * 2**30, 3, 3),
 ])  # fmt: skip
 def test_how_many_jobs_run_at_once(monkeypatch, memory, gpus, expected):
-    monkeypatch.setattr(launch, "cores", lambda: 8)
+    monkeypatch.setattr(cores, "available", lambda: 8)
     monkeypatch.setattr(launch.memory, "available", lambda: memory)
     assert launch.at_once(gpus) == expected
 

@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import make_split, make_splits
-from test_loop import run
-from test_resume import assert_equal, at_call, go, kept, sent  # noqa: F401, fixtures
+from material import assert_equal, at_call, sent, trained
 
 from lab.config.loading import validate
 from lab.system.errors import ConfigError, DataError
@@ -45,7 +44,7 @@ def test_training_ends_when_the_patience_is_over(
     splits.val = make_split((3, 2, 1, 3), seed=5)
     keys = {"early_stopping_patience": patience, "num_val_samples": 9, "checkpoint_every": None}
     with caplog.at_level("INFO"):
-        run(fake_run, settings, splits, epochs=5, **keys)
+        trained(fake_run, settings, splits, epochs=5, **keys)
     assert [row["epoch"] for row in fake_run.rows] == list(range(last + 1))
     found = [path.name for path in (fake_run.folder / "checkpoints").glob("epoch_*")]
     assert found == [f"epoch_{last:07d}_step_000000000.pt"]
@@ -70,7 +69,7 @@ def stopping_epoch(losses, patience):
     return None
 
 
-def stopped_early(go, results, *more):  # noqa: F811
+def stopped_early(go, results, *more):
     names = {setting.split("=")[0] for setting in more}
     given = [setting for setting in OVERFIT if setting.split("=")[0] not in names]
     code, lines = go(*given, *more, results=results)
@@ -80,7 +79,7 @@ def stopped_early(go, results, *more):  # noqa: F811
     return go.folder(results), len(losses) - 1, lines
 
 
-def test_a_run_that_is_stopped_and_resumed_ends_at_the_same_epoch(go, monkeypatch):  # noqa: F811
+def test_a_run_that_is_stopped_and_resumed_ends_at_the_same_epoch(go, monkeypatch):
     reference, last, lines = stopped_early(go, "whole")
     assert any(f"Training ended at epoch {last}: " in line for line in lines)
     # Three steps an epoch: in the middle of the last one, and of one before.
@@ -93,7 +92,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_at_the_same_epoch(go, monkeypatc
         assert_equal(folder, reference)
 
 
-def test_more_epochs_do_not_train_on_what_has_ended(go):  # noqa: F811
+def test_more_epochs_do_not_train_on_what_has_ended(go):
     reference, last, _ = stopped_early(go, "long", "epochs=40")
     folder, _, _ = stopped_early(go, "short")
     code, lines = go("--resume", str(folder), "epochs=40")
@@ -107,7 +106,7 @@ def test_more_epochs_do_not_train_on_what_has_ended(go):  # noqa: F811
     ]  # fmt: skip
 
 
-def test_more_epochs_for_a_run_that_had_patience_left(go):  # noqa: F811
+def test_more_epochs_for_a_run_that_had_patience_left(go):
     reference, last, _ = stopped_early(go, "whole")
     short = [setting for setting in OVERFIT if not setting.startswith("epochs")]
     assert go(*short, f"epochs={last - 2}", results="short")[0] == 0
@@ -136,5 +135,5 @@ def test_refused_without_validation_data(keys, val):
 
 def test_refused_where_the_data_turn_out_to_have_no_validation_split(settings, fake_run):
     with pytest.raises(DataError, match="early_stopping_patience: given 4, but there are no val"):
-        run(fake_run, settings, early_stopping_patience=4, num_val_samples=None)
+        trained(fake_run, settings, early_stopping_patience=4, num_val_samples=None)
     assert not fake_run.rows

@@ -1,30 +1,20 @@
 """The loop: what theory predicts against what a step does, rows, checkpoints, divergence."""
 
 import math
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_splits
+from material import trained
 
 from lab.analyses import gram as analysis
 from lab.evaluation import metrics, predictions
 from lab.evaluation.losses import LOGISTIC
-from lab.networks import building
 from lab.training import checkpoints
 from lab.training import loop as trainer
 
 PAIRS = ("G(-1,+1)_vs_G(-1,-1)", "G(+1,-1)_vs_G(+1,+1)")
-
-
-def run(fake_run, settings, splits=None, dtype=torch.float64, **keys):
-    config = settings(**({"train_batch_size": None, "learning_rate": 1e-5, "epochs": 3} | keys))
-    splits = make_splits() if splits is None else splits
-    net = building.build(config, splits.train.inputs.shape[1:]).to(dtype)
-    shutil.rmtree(fake_run.folder / "checkpoints", ignore_errors=True)  # a run from the start
-    trainer.train(net, splits, config, fake_run)
-    return net
 
 
 @pytest.mark.parametrize("method", ["None", "IW_uniform", "GroupDRO"])
@@ -33,7 +23,9 @@ def test_method_total_is_measured(fake_run, settings, method, train):
     """A full-batch step of plain SGD does to the gap what the flow of the method says."""
     pair = [[-1, -1], [1, 1]]
     keys = {"gap_dynamics_factors": {"group_pairs": [pair, [[-1, 1], [1, -1]]]}}
-    run(fake_run, settings, make_splits(train=train), debias_method=method, dro_eta_q=0.5, **keys)
+    trained(
+        fake_run, settings, make_splits(train=train), debias_method=method, dro_eta_q=0.5, **keys
+    )
     for split in ("train", "test_under_train"):
         predicted = fake_run.values("gap_dynamics_factors", "method_total", split)
         measured = fake_run.values("gap_dynamics_factors", "measured", split)
@@ -67,20 +59,20 @@ def test_method_total_is_measured(fake_run, settings, method, train):
     ids=lambda keys: next(iter(keys)),
 )
 def test_measured_is_unknown_where_an_epoch_is_not_one_plain_step(fake_run, settings, keys):
-    run(fake_run, settings, **keys)
+    trained(fake_run, settings, **keys)
     measured = fake_run.values("gap_dynamics_factors", "measured", "train")
     assert len(measured) == 4 * 2
     assert all(math.isnan(value) for value in measured.values())
 
 
 def test_a_batch_as_large_as_the_split_is_a_full_batch(fake_run, settings):
-    run(fake_run, settings, train_batch_size=30)
+    trained(fake_run, settings, train_batch_size=30)
     measured = fake_run.values("gap_dynamics_factors", "measured", "train")
     assert all(math.isfinite(measured[0, pair]) for pair in PAIRS)
 
 
 def test_history_has_every_quantity_at_every_epoch(fake_run, settings):
-    net = run(fake_run, settings, debias_method="GroupDRO", learning_rate=0.5)
+    net = trained(fake_run, settings, debias_method="GroupDRO", learning_rate=0.5)
     assert [row["epoch"] for row in fake_run.rows] == [0, 1, 2, 3]
     splits = make_splits()
     loss = LOGISTIC
@@ -99,16 +91,16 @@ def test_analyses_do_not_change_the_training(fake_run, settings):
     """Same bytes in the history with analyses at every epoch and with none."""
     splits = make_splits(dtype=torch.float32)
     keys = {"train_batch_size": 8, "learning_rate": 0.5, "dtype": torch.float32}
-    first = run(fake_run, settings, splits, **keys)
+    first = trained(fake_run, settings, splits, **keys)
     with_analyses, fake_run.rows = fake_run.rows, []
     never = {"analyses": "none"}
-    second = run(fake_run, settings, splits, **keys, **never)
+    second = trained(fake_run, settings, splits, **keys, **never)
     assert fake_run.rows == with_analyses
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
 
 
 def test_epochs_of_the_analyses(fake_run, settings):
-    run(
+    trained(
         fake_run,
         settings,
         gradient_basis_analysis_epochs=[0, 2, 99],
@@ -133,7 +125,7 @@ def test_epochs_of_the_analyses(fake_run, settings):
 
 
 def test_only_the_jacobian_rows_can_have_samples_of_their_own(fake_run, settings):
-    run(fake_run, settings, jacobian_num_samples=3)
+    trained(fake_run, settings, jacobian_num_samples=3)
     with np.load(fake_run.folder / "gram.npz", allow_pickle=False) as gram:
         assert np.isfinite(gram["K_jacobian"][:, 4:8, 12:]).all()
         assert np.isnan(gram["K_jacobian"][:, :4, :4]).all()
@@ -143,7 +135,7 @@ def test_only_the_jacobian_rows_can_have_samples_of_their_own(fake_run, settings
 @pytest.mark.parametrize("keys", [{"train_batch_size": 8}, {"debias_method": "GroupDRO"}])
 def test_divergence_names_epoch_and_rate_and_keeps_the_rows(fake_run, settings, keys):
     with pytest.raises(trainer.Diverged, match=r"learning_rate: .*epoch [12] .*rate 1e\+06"):
-        run(
+        trained(
             fake_run,
             settings,
             make_splits(dtype=torch.float32),
@@ -159,7 +151,7 @@ def test_divergence_names_epoch_and_rate_and_keeps_the_rows(fake_run, settings, 
 
 
 def test_checkpoints_are_the_last_two_and_load_safely(fake_run, settings):
-    net = run(fake_run, settings, epochs=7, checkpoint_every=2, debias_method="GroupDRO")
+    net = trained(fake_run, settings, epochs=7, checkpoint_every=2, debias_method="GroupDRO")
     found = sorted(p.name for p in (fake_run.folder / "checkpoints").iterdir())
     assert found == ["epoch_0000006_step_000000000.pt", "epoch_0000007_step_000000000.pt"]
     state = torch.load(fake_run.folder / "checkpoints" / found[1], weights_only=True)
@@ -171,13 +163,15 @@ def test_checkpoints_are_the_last_two_and_load_safely(fake_run, settings):
 
 
 def test_no_epoch_is_an_evaluation(fake_run, settings):
-    run(fake_run, settings, epochs=0)
+    trained(fake_run, settings, epochs=0)
     assert len(fake_run.rows) == 1
     assert fake_run.values("gap_dynamics_factors", "total", "train")
 
 
 def test_group_weights_follow_the_recursion_over_the_epochs(fake_run, settings):
-    run(fake_run, settings, debias_method="GroupDRO", dro_eta_q=0.5, learning_rate=0.5, epochs=4)
+    trained(
+        fake_run, settings, debias_method="GroupDRO", dro_eta_q=0.5, learning_rate=0.5, epochs=4
+    )
     q = [0.25] * 4
     for row in fake_run.rows:
         losses = [row[f"train_group_{g}_loss"] for g in range(4)]
