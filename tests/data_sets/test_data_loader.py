@@ -170,7 +170,7 @@ def test_null_takes_as_many_as_the_moments_allow(settings):
         ),
     ],
 )
-def test_asking_for_more_than_there_is(settings, keys, expected):
+def test_asking_for_more_than_is_available(settings, keys, expected):
     with pytest.raises(DataError) as error:
         data_loader.load(settings(**keys))
     assert expected in str(error.value)

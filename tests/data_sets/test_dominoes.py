@@ -212,7 +212,7 @@ def test_too_few_digits_are_used_again_but_in_one_split_only(load, sources, monk
         load(**TEN)
 
 
-def test_asking_for_more_than_there_is(load):
+def test_asking_for_more_than_is_available(load):
     with pytest.raises(DataError) as error:
         load(num_train_samples=160)
     assert error.value.problems[0] == (
@@ -347,7 +347,7 @@ def test_combinations_that_are_refused(keys, expected):
     assert error.value.problems == (expected,)
 
 
-def test_the_configuration_knows_how_many_pictures_there_are():
+def test_the_configuration_knows_the_number_of_pictures():
     per_class = cifar10.PER_CLASS["train"]
     assert {"binary": 2 * per_class, "ten": 10 * per_class} == rules.DOMINOES_PICTURES
     assert rules.DOMINOES_PARTS == {"binary": 2 * 4, "ten": 2 * 10}

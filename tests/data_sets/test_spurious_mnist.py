@@ -107,7 +107,7 @@ def test_shortcuts_pixel_by_pixel(data_dir):
         )
 
 
-def test_names_tell_shortcuts_apart():
+def test_names_distinguish_shortcuts():
     corners = [Square(kind="square", position="left_top", size=size) for size in (3, 5)]
     other = Square(kind="square", position="right_bottom", size=3)
     listed = [*corners, other, ALL_LINES[1], NoShortcut(kind="none")]

@@ -455,7 +455,7 @@ def test_row_without_file(archive_with, drawn):
     number = number_of(rows, split=0, y=0, place=1)[0]
     gone = rows[number - 2][1]
     folder = archive_with(files={n: data for n, data in files.items() if n != gone})
-    with pytest.raises(DataError, match=f"{gone} .metadata.csv, row {number}.: there is no such"):
+    with pytest.raises(DataError, match=f"{gone} .metadata.csv, row {number}.: no such"):
         load(folder)
     splits = load(folder, on_bad_image="skip")
     assert splits.train.counts == [12, 4, 4, 10]

@@ -45,7 +45,7 @@ def test_the_target_set_is_evaluated_and_the_data_for_retraining_are_not():
     assert splits.to("cpu").target.counts == [1, 1, 1, 1]
 
 
-def test_further_evaluation_sets_are_evaluated_moved_and_told_apart():
+def test_further_evaluation_sets_are_evaluated_moved_and_distinguished():
     splits = make_splits()
     before = splits.fingerprint()
     splits.dfr = make_split((1, 2, 1, 1))
@@ -69,7 +69,7 @@ def test_further_evaluation_sets_are_evaluated_moved_and_told_apart():
     assert len(found) == 4
 
 
-def test_the_minority_is_where_the_attribute_is_not_the_label_or_as_told():
+def test_the_minority_is_where_the_attribute_is_not_the_label_or_as_given():
     split = make_split((1, 2, 1, 1))
     assert split.in_minority.tolist() == [False, True, True, True, False]
     split.minority = (True, False, False, False)

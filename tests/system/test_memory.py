@@ -40,7 +40,7 @@ def test_the_first_layer_counts_when_the_inputs_are_known(machine, keys):
     building.build(config, (50_000,))
 
 
-def test_a_machine_that_does_not_tell_refuses_nothing(monkeypatch):
+def test_a_machine_of_unknown_memory_refuses_nothing(monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: None)
     validate({"hidden_dim": 65_536, "num_hidden_layers": 100})
 
