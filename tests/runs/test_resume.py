@@ -20,7 +20,7 @@ import yaml
 import main as program
 from benchmarks import kill
 from lab.figures import drawing
-from lab.retraining import head as dfr
+from lab.retraining import regressions
 from lab.runs import run as tracking
 from lab.system import files
 from lab.system.command import Stopped, exit_code, stop_signals, whole_step
@@ -115,7 +115,7 @@ MOMENTS = {
     "evaluation of epoch 3": (trainer._Training, "evaluate", 4, (2, 4)),
     "between the tables of epoch 3": (tracking.Run, "analysis", 9, None),
     "a checkpoint": (files, "save", 3, None),
-    "DFR": (dfr, "tune", 1, (4, 0)),
+    "DFR": (regressions, "tune", 1, (4, 0)),
     "plots": (drawing, "save", 2, (4, 0)),
 }
 
