@@ -3,8 +3,9 @@
     python dfr.py --run results/<run> [dfr_key=value ...]     once more, without training
     python dfr.py --run results/<run> --compare               with both solvers, in one table
 
-How it works is in `lab/retraining/`: `head.py` the layer, its fitting by regressions or descent and
-its report, `logistic.py` the regressions, `descent.py` gradient descent on cached features.
+How it works is in `lab/retraining/`: `dfr.py` retrains on a run's splits, by `regressions.py` (with
+scikit-learn, `logistic.py`) or `descent.py`; `subsets.py` draws the samples, `head.py` is the layer
+that results, `report.py` writes the results.
 """
 
 import logging
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from lab.config import effects
 from lab.config.schema import Config
-from lab.retraining.head import SOLVERS, check, comparison, comparison_text, retrain, save, text
+from lab.retraining.dfr import SOLVERS, check, retrain, save
+from lab.retraining.report import comparison, comparison_text, text
 from lab.runs import run as tracking
 from lab.runs.opening import load_network, run_config
 from lab.system import files

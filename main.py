@@ -80,7 +80,7 @@ def _load(config: Config, device: str):
     """(splits, the network for them, where they and their features come from)."""
     import data_loader
     from lab.networks import building
-    from lab.retraining import head as dfr
+    from lab.retraining import dfr
 
     extractor = None
     if config.use_feature_extractor:
@@ -100,7 +100,7 @@ def _load(config: Config, device: str):
 
 def _learn(config: Config, splits, network, results):
     """Train, then retrain; returns the `Diverged` that ended it, or None."""
-    from lab.retraining import head as dfr
+    from lab.retraining import dfr
     from lab.training import checkpoints
     from lab.training import loop as trainer
 

@@ -1,8 +1,8 @@
 """Files of features: written whole, checked when read, locked while made, listed, removed.
 
 A file is `<data set>_<split>_<model>_<layer>_<hash>.safetensors` with one tensor `features`, its
-SHA-256, and the key of which the name has the hash. While it is made there are `<hash>.lock` and
-`<same name>.parts/` with its finished shards.
+SHA-256, and the key of which the name has the hash. While it is made, `<hash>.lock` and
+`<same name>.parts/` with its finished shards exist beside it.
 """
 
 import datetime
@@ -63,7 +63,7 @@ def write(path: Path, chunks, metadata: dict[str, str]) -> None:
 
 
 def _bytes(features: torch.Tensor) -> memoryview:
-    return memoryview(features.numpy()).cast("B")
+    return features.numpy().data.cast("B")
 
 
 def read(
@@ -178,8 +178,11 @@ def _remove(path: Path, reason: str) -> str:
     return f"removed ({reason}, {_size(size)}): {path}"
 
 
-def _size(size: int) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000 or unit == "GB":
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+def _size(size: float) -> str:
+    if size < 1000:
+        return f"{size:.0f} B"
+    for unit in ("kB", "MB"):
         size /= 1000
+        if size < 1000:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1000:.1f} GB"

@@ -1,13 +1,8 @@
-"""Features of pictures, written once to a cache; extraction without training.
-
-    python feature_extractor.py [--config FILE] [key=value ...]     extract
-    python feature_extractor.py --list                              what is in the cache
-    python feature_extractor.py --prune [all]                       remove leftovers, or all
-    torchrun --nproc_per_node=N feature_extractor.py --config FILE  share the work
+"""Features of pictures, written once to a cache.
 
 Ranks of torchrun share the cache folder, so several machines need it on a common file system.
 While a file is made, its finished shards of `SHARD` pictures are kept, so that an interrupted
-extraction goes on where it stopped, with the same result.
+extraction continues where it stopped, with the same result.
 """
 
 import dataclasses
@@ -20,15 +15,13 @@ import os
 import re
 import shutil
 import signal
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from lab.config.loading import load_config
 from lab.config.schema import Config
 from lab.features import backbones
 from lab.features import cache as feature_cache
@@ -36,16 +29,15 @@ from lab.features.backbones import SIDE
 from lab.networks import weights as weight_files
 from lab.splits.splits import Splits
 from lab.system import cores, distributed, files
-from lab.system.command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code
-from lab.system.errors import ConfigError, DataError, UserError
+from lab.system.errors import DataError, UserError
 from lab.system.progress import Progress
 
 log = logging.getLogger(f"spurious.{__name__}")
 
 FORMAT = 1  # part of the key: raise it when the same key comes to mean other features
-SHARD = 512  # pictures; part of nothing, but shards of another size are not taken up again
+SHARD = 512  # pictures; part of nothing, but shards of another size are not reused
 MAX_HASHES = 2**20  # bytes of the file with the weights' hashes, at some 200 bytes each
-PLAIN_SECONDS = 30  # between progress lines where there is no terminal
+PLAIN_SECONDS = 30  # between progress lines without a terminal
 
 
 class TensorPictures:
@@ -65,7 +57,7 @@ class TensorPictures:
     @functools.cached_property
     def identity(self) -> str:
         pixels = self.pictures.contiguous().numpy()
-        digest = hashlib.sha256(memoryview(pixels).cast("B")).hexdigest()
+        digest = hashlib.sha256(pixels.data.cast("B")).hexdigest()
         return f"tensor {tuple(pixels.shape)} {digest}, bilinear to {SIDE}"
 
     def decode_uint8(self, i: int) -> torch.Tensor:
@@ -79,8 +71,8 @@ class TensorPictures:
 class Extractor:
     """The configured backbone and the cache of its features.
 
-    Made before any picture is read. Raises `ConfigError` for a model, block or layer that there is
-    not, `DataError` when weights are missing or the cache folder cannot be used. facts: what was
+    Made before any picture is read. Raises `ConfigError` for a model, block or layer that does not
+    exist, `DataError` when weights are missing or the cache folder cannot be used. facts: what was
     used, as plain data.
     """
 
@@ -92,7 +84,7 @@ class Extractor:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _unwritable(self.folder, error) from None
+            raise unwritable(self.folder, error) from None
         # What is fetched into a machine's own cache is fetched by one process, before the others.
         leads = os.environ.get("LOCAL_RANK", "0") == "0"
         found = distributed.together(
@@ -103,7 +95,7 @@ class Extractor:
         )
         self.weights = found if leads else other
         self.weights_id = _weights_id(self.folder, self.weights, self.spec, config.seed)
-        self.facts = {
+        self.facts: dict = {
             "model": self.spec.name,
             "architecture": self.spec.architecture,
             "layer": self.spec.layer,
@@ -118,7 +110,7 @@ class Extractor:
 
         Inputs are tensors of pictures in [0, 1], or objects with `decode_uint8(i)` → (3, 224, 224)
         uint8, `len` and `identity`, a text that changes with the pictures. Features come from the
-        cache where they are there, else they are computed and kept.
+        cache if it has them, else they are computed and kept.
         """
 
         def extracted(name, split):
@@ -160,7 +152,7 @@ class Extractor:
         try:
             features = entry.get()
         except OSError as error:
-            raise _unwritable(self.folder, error) from None
+            raise unwritable(self.folder, error) from None
         except feature_cache.Damaged as error:  # just made, or by another run
             raise DataError(f"features_cache_dir: {entry.path} is not usable ({error})") from None
         self.facts["files"][split] = entry.path.name
@@ -209,7 +201,7 @@ class _Entry:
         return math.ceil(len(self.pictures) / SHARD)
 
     def _todo(self) -> list[int] | None:
-        """Numbers of the shards that have to be made, None if the whole file is there."""
+        """Numbers of the shards that have to be made, None if the whole file exists."""
         if self.path.exists():
             try:
                 feature_cache.read(self.path, self.key, len(self.pictures))
@@ -225,7 +217,7 @@ class _Entry:
             except FileNotFoundError:
                 missing.append(shard)
             except feature_cache.Damaged as error:
-                log.warning("%s is not taken up (%s): made again", self._part(shard), error)
+                log.warning("%s is not reused (%s): made again", self._part(shard), error)
                 missing.append(shard)
         return missing
 
@@ -309,7 +301,8 @@ class _Entry:
         log.info("Features kept in %s", self.path)
 
 
-def _unwritable(folder: Path, error: OSError) -> DataError:
+def unwritable(folder: Path, error: OSError) -> DataError:
+    """The error of a cache folder that cannot be used."""
     return DataError(f"features_cache_dir: {folder} cannot be used, {error.strerror or error}")
 
 
@@ -338,7 +331,7 @@ def _weights_id(folder: Path, path: Path | None, spec: backbones.Spec, seed: int
             text = json.dumps(known | {str(path): [*fingerprint, digest]}, indent=1)
             files.write_text(kept, text)
         except OSError as error:
-            raise _unwritable(folder, error) from None
+            raise unwritable(folder, error) from None
     return digest
 
 
@@ -359,7 +352,7 @@ def _known_hashes(kept: Path) -> dict[str, list]:
     return known
 
 
-class _Decoding:
+class _Decoding(Dataset):
     """Pictures as a data set of torch, whose items are pictures or what is wrong with them."""
 
     def __init__(self, pictures):
@@ -386,7 +379,7 @@ def _leave_signals_to_main(_) -> None:
 def _decoded(pictures, batches, config: Config, device: torch.device):
     """Yields (B, 3, 224, 224) uint8 for every list of indices, decoded ahead in processes."""
     workers = cores.available() if config.num_workers is None else config.num_workers
-    loader = DataLoader(
+    loader: DataLoader = DataLoader(
         _Decoding(pictures),
         batch_sampler=batches,
         num_workers=min(workers, len(batches)),
@@ -399,75 +392,3 @@ def _decoded(pictures, batches, config: Config, device: torch.device):
         if isinstance(batch, UserError):
             raise batch
         yield batch
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Extract, list or prune from command-line arguments; returns the exit code."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-
-    def extraction() -> None:
-        arguments = _parser().parse_args(argv)
-        if "=" in (arguments.prune or ""):  # `--prune key=value` is an override
-            arguments.overrides.insert(0, arguments.prune)
-            arguments.prune = "leftovers"
-        if arguments.prune not in (None, "leftovers", "all"):
-            raise ConfigError(
-                f"--prune: given {arguments.prune!r}; allowed: nothing (leftovers), all"
-            )
-        overrides = arguments.overrides
-        if not any(text.startswith("use_feature_extractor=") for text in overrides):
-            overrides = [*overrides, "use_feature_extractor=true"]
-        config = load_config(arguments.config or DEFAULT_CONFIG_FILE, overrides)
-        folder = Path(config.features_cache_dir)
-        if arguments.list or arguments.prune:
-            try:
-                lines = (
-                    feature_cache.listing(folder)
-                    if arguments.list
-                    else feature_cache.prune(folder, arguments.prune == "all")
-                    or ["nothing to remove"]
-                )
-            except OSError as error:
-                raise _unwritable(folder, error) from None
-            print("\n".join(lines))
-            return
-        if not config.use_feature_extractor:
-            raise ConfigError(
-                "use_feature_extractor: given false; allowed to extract features: true"
-            )
-        with console_log(), distributed.process_group():
-            _run(config)
-
-    return exit_code(extraction)
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python feature_extractor.py",
-        description="Extract features of pictures into the cache, without training.",
-    )
-    parser.add_config_arguments()
-    parser.add_argument("--list", action="store_true", help="show what is in the cache")
-    parser.add_argument(
-        "--prune",
-        nargs="?",
-        const="leftovers",
-        metavar="all",
-        help="remove damaged files and what interrupted runs left; all = everything",
-    )
-    return parser
-
-
-def _run(config: Config) -> None:
-    from lab import data_sets as data_loader
-    from lab.system import devices
-
-    device = distributed.own_device(devices.choose_device(config.device))
-    extractor = Extractor(config, device)
-    extractor.extract(data_loader.load(config))
-    for name, file in extractor.facts["files"].items():
-        log.info("%-6s %s", name, file)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

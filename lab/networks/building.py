@@ -95,7 +95,7 @@ def seeded(*purpose) -> Iterator[None]:
         yield
 
 
-def fresh_classifier(network, config: Config, *purpose) -> nn.Module:
+def fresh_classifier(network, config: Config, *purpose) -> ScaledLinear | nn.Linear:
     """A last layer like the network's, trainable, initialised from the seed for this purpose.
 
     On the CPU, so that it starts alike on every device; the network keeps its own.
@@ -122,6 +122,7 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
         return [{"params": trainable, "lr": config.learning_rate}]
     groups = []
     for module in model.layers:
+        assert isinstance(module, ScaledLinear)
         for parameter, scaling in (
             (module.weight, module.weight_scaling),
             (module.bias, module.bias_scaling),

@@ -110,9 +110,9 @@ def timm_file(name: str, architecture: str) -> Path:
     repository, _, revision = (cfg.hf_hub_id or "").partition("@")
     names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else HUB_NAMES
     if repository:
-        for name in names:
+        for file_name in names:
             found = huggingface_hub.try_to_load_from_cache(
-                repository, name, revision=revision or None
+                repository, file_name, revision=revision or None
             )
             if isinstance(found, str):
                 return Path(found)

@@ -6,6 +6,7 @@ whole network with everything but its last layer frozen and in evaluation mode.
 
 import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,8 +14,40 @@ import torch
 from lab.config.schema import Config
 from lab.config.seeds import derive_seed
 from lab.evaluation import metrics
+from lab.networks.building import fresh_classifier
+from lab.networks.mlp import ScaledLinear
+from lab.retraining.subsets import fifths, fitting_and_scoring, rows_to_fit
 from lab.splits.splits import Split
 from lab.system.errors import UserError
+
+
+def by_gradient_descent(model, features, source: Split, config: Config):
+    """(coefficients, intercept, facts) of a fresh last layer trained on these features."""
+    rng = np.random.default_rng(derive_seed(config.seed, "dfr", "sgd", "split"))
+    fitting, held_out = fitting_and_scoring(source, rng, fifths(source.counts))
+    device = source.y.device
+    layer = fresh_classifier(model, config, "dfr", "sgd", "classifier").to(device)
+    history = train(
+        layer,
+        replace(source, inputs=torch.from_numpy(features).to(device)),
+        lambda rng: rows_to_fit(fitting, rng, config),
+        held_out,
+        config,
+    )
+    plain = layer.effective() if isinstance(layer, ScaledLinear) else (layer.weight, layer.bias)
+    coefficients, bias = (p.detach().cpu().double().numpy() for p in plain)
+    intercept: float | np.ndarray = bias
+    if not config.loss.class_outputs:
+        coefficients, intercept = coefficients[0], float(bias[0])
+    counts = [len(rows) for rows in fitting]
+    smallest = min(filter(None, counts)) if config.dfr_balance else None
+    facts = {
+        "num_samples": smallest * sum(map(bool, counts)) if smallest else sum(counts),
+        "samples_per_group": smallest,
+        "best_epoch": min(history, key=lambda row: row["val_loss"])["epoch"],
+        "epochs": history,
+    }
+    return coefficients, intercept, facts
 
 
 def train(layer, features: Split, epoch_rows, held_out, config: Config) -> list[dict]:
@@ -30,10 +63,11 @@ def train(layer, features: Split, epoch_rows, held_out, config: Config) -> list[
     loss = config.loss.load().value
     counts = [len(rows) for rows in held_out]
     val = features.subset(torch.from_numpy(np.concatenate(held_out)), counts)
-    there = [count > 0 for count in counts]
-    weights = [one / sum(there) for one in there] if config.dfr_balance else val.shares
+    nonempty = [count > 0 for count in counts]
+    weights = [one / sum(nonempty) for one in nonempty] if config.dfr_balance else val.shares
     optimizer = torch.optim.Adam(layer.parameters(), lr=config.dfr_sgd_learning_rate)
-    history, best, kept = [], None, None
+    history: list[dict] = []
+    best, kept = None, None
     for epoch in range(1, config.dfr_sgd_epochs + 1):
         rng = np.random.default_rng(derive_seed(config.seed, "dfr", "sgd", "epoch", epoch))
         order = torch.from_numpy(rng.permutation(epoch_rows(rng)))
@@ -44,7 +78,7 @@ def train(layer, features: Split, epoch_rows, held_out, config: Config) -> list[
             optimizer.step()
         with torch.no_grad():
             losses = loss(layer(val.inputs).squeeze(1), val.y)
-        row = {"epoch": epoch}
+        row: dict[str, float] = {"epoch": epoch}
         row["val_loss"] = metrics.weighted(metrics.group_means(losses, val.slices), weights)
         if not math.isfinite(row["val_loss"]):
             raise UserError(

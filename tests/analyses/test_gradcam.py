@@ -17,7 +17,7 @@ from lab.analyses import gradcam
 from lab.figures import drawing, tables
 from lab.figures import pictures as picture_figures
 from lab.networks import building
-from lab.retraining import head as dfr
+from lab.retraining.head import Head
 from lab.runs import explaining
 from lab.runs import run as tracking
 
@@ -185,7 +185,7 @@ def test_the_head_of_dfr_takes_the_place_of_the_last_layer(settings, tmp_path):
         shape = (5,) if C == 1 else (3, 5)
         intercept = 0.3 if C == 1 else rng.normal(size=3)
         mean, scale = rng.normal(size=5), rng.uniform(0.5, 2, size=5)
-        head = dfr.Head(mean, scale, rng.normal(size=shape), intercept)
+        head = Head(mean, scale, rng.normal(size=shape), intercept)
         np.savez(tmp_path / "dfr_model.npz", **vars(head))
         retrained = explaining._retrained(net, tmp_path, config).double()
         x = pictures(4)

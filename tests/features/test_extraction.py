@@ -20,14 +20,14 @@ import torch.nn.functional as F
 import torchvision
 
 import data_loader
+import feature_extractor
 import main
 from lab.config import loading, records
 from lab.config.records import BUILT_IN
 from lab.config.registry import Backbone
 from lab.config.seeds import derive_seed
-from lab.features import backbones
+from lab.features import backbones, extraction
 from lab.features import cache as feature_cache
-from lab.features import extraction as feature_extractor
 from lab.networks import weights as weight_files
 from lab.splits.pixels import IMAGENET_MEAN, IMAGENET_STD
 from lab.splits.splits import Split, Splits
@@ -331,7 +331,7 @@ def test_what_the_model_does_not_have(extractor_settings, keys, message):
 
     def run():
         config = extractor_settings(**{"feature_extractor_model_name": "ViT_B_16"} | keys)
-        feature_extractor.Extractor(config).extract(splits_of(unread, unread))
+        extraction.Extractor(config).extract(splits_of(unread, unread))
 
     with pytest.raises(ConfigError, match=re.escape(message)):
         run()
@@ -385,13 +385,14 @@ def test_missing_weights_are_one_clear_error(extractor_settings, nothing_install
     config = extractor_settings(feature_extractor_model_name=name, feature_extractor_weights=None)
     unread = Drawn(2, fails=0, error=AssertionError("a picture was read"))
     with pytest.raises(DataError) as caught:
-        feature_extractor.Extractor(config).extract(splits_of(unread, unread))
+        extraction.Extractor(config).extract(splits_of(unread, unread))
     (line,) = caught.value.problems
     places = [str(nothing_installed[0]), "no network here", "feature_extractor_weights: random"]
     assert all(text in line for text in (file, *places)), line
+    assert f"the weights of {name}" in line
 
 
-def test_a_host_out_of_reach_is_told_soon():
+def test_an_unreachable_host_is_reported_soon():
     start = time.perf_counter()
     assert weight_files.unreachable("https://weights.invalid/file")
     assert time.perf_counter() - start < weight_files.NETWORK_TIMEOUT + 1
@@ -410,7 +411,7 @@ def test_what_is_fetched_is_complete_and_has_its_hash(tmp_path, monkeypatch):
     assert "absent" in weight_files._download((tmp_path / "absent").as_uri(), wrong)
     assert list(target.parent.iterdir()) == [target]
 
-    # The whole way: torchvision's file is fetched into torch.hub's folder when it is not there.
+    # The whole way: torchvision's file is fetched into torch.hub's folder when it is missing.
     class Weights:
         url = source.with_name(f"model-{digest}.pth").as_uri()
 
@@ -458,14 +459,14 @@ def test_files_that_are_no_weights(extractor_settings, tmp_path, name):
 def test_weights_hash_is_kept_and_follows_the_file(tmp_path, monkeypatch):
     path, spec = tmp_path / "weights.pth", None
     path.write_bytes(b"one")
-    first = feature_extractor._weights_id(tmp_path, path, spec, 0)
+    first = extraction._weights_id(tmp_path, path, spec, 0)
     monkeypatch.setattr(weight_files, "file_hash", lambda path: pytest.fail("hashed again"))
-    assert feature_extractor._weights_id(tmp_path, path, spec, 0) == first
+    assert extraction._weights_id(tmp_path, path, spec, 0) == first
     monkeypatch.undo()
     path.write_bytes(b"another")
-    assert feature_extractor._weights_id(tmp_path, path, spec, 0) != first
+    assert extraction._weights_id(tmp_path, path, spec, 0) != first
     (tmp_path / feature_cache.WEIGHT_HASHES).write_text("[")
-    assert len(feature_extractor._weights_id(tmp_path, path, spec, 0)) == 64
+    assert len(extraction._weights_id(tmp_path, path, spec, 0)) == 64
 
 
 def cache_files(config):
@@ -477,7 +478,7 @@ def test_cache_hit_needs_neither_pictures_nor_backbone(quick, monkeypatch):
     train, test = Drawn(3), Drawn(2, name="test")
     torch.manual_seed(7)
     before = torch.random.get_rng_state()
-    extractor = feature_extractor.Extractor(config)
+    extractor = extraction.Extractor(config)
     first = extractor.extract(splits_of(train, test, test))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert train.decoded == [0, 1, 2]
@@ -489,7 +490,7 @@ def test_cache_hit_needs_neither_pictures_nor_backbone(quick, monkeypatch):
 
     monkeypatch.setattr(backbones, "build", lambda *_: pytest.fail("built again"))
     unread = Drawn(3, fails=0, error=AssertionError("a picture was read"))
-    again = feature_extractor.Extractor(config).extract(splits_of(unread, test))
+    again = extraction.Extractor(config).extract(splits_of(unread, test))
     assert torch.equal(again.train.inputs, first.train.inputs)
     assert [path.name for path in cache_files(config)] == sorted(
         set(extractor.facts["files"].values())
@@ -503,7 +504,7 @@ def test_cache_hit_needs_neither_pictures_nor_backbone(quick, monkeypatch):
 
 def test_unit_norm(quick):
     config = quick(normalize_inputs=True)
-    inputs = feature_extractor.Extractor(config).extract(splits_of(Drawn(2), Drawn(1))).train.inputs
+    inputs = extraction.Extractor(config).extract(splits_of(Drawn(2), Drawn(1))).train.inputs
     torch.testing.assert_close(inputs.norm(dim=1), torch.ones(2))
 
 
@@ -515,12 +516,12 @@ def test_every_thing_that_matters_is_in_the_key(quick):
     ]  # fmt: skip
     for number, keys in enumerate(changes, start=1):
         config = quick(**keys)
-        feature_extractor.Extractor(config).extract(_one(1))
+        extraction.Extractor(config).extract(_one(1))
         assert len(cache_files(config)) == number
-    feature_extractor.Extractor(config).extract(_one(1, name="others"))
+    extraction.Extractor(config).extract(_one(1, name="others"))
     assert len(cache_files(config)) == len(changes) + 1
     # What does not change the features makes no new file.
-    feature_extractor.Extractor(quick(feature_extractor_batch_size=1, epochs=7)).extract(_one(1))
+    extraction.Extractor(quick(feature_extractor_batch_size=1, epochs=7)).extract(_one(1))
     assert len(cache_files(config)) == len(changes) + 1
 
 
@@ -530,10 +531,8 @@ def _one(n, **options):
 
 
 def test_bf16_is_close(quick):
-    exact = feature_extractor.Extractor(quick()).extract(_one(2)).train.inputs
-    rounded = feature_extractor.Extractor(quick(feature_extractor_precision="bf16")).extract(
-        _one(2)
-    )
+    exact = extraction.Extractor(quick()).extract(_one(2)).train.inputs
+    rounded = extraction.Extractor(quick(feature_extractor_precision="bf16")).extract(_one(2))
     assert not torch.equal(rounded.train.inputs, exact)
     torch.testing.assert_close(rounded.train.inputs, exact, rtol=0.05, atol=0.02)
 
@@ -546,10 +545,10 @@ def flip_last_byte(path):
 
 def test_damaged_files_are_made_again(quick, caplog):
     config = quick()
-    feature_extractor.Extractor(config).extract(_one(3))
+    extraction.Extractor(config).extract(_one(3))
     (path,) = cache_files(config)
     good = path.read_bytes()
-    feature_extractor.Extractor(quick(seed=1)).extract(_one(3))
+    extraction.Extractor(quick(seed=1)).extract(_one(3))
     other = next(p for p in cache_files(config) if p != path).read_bytes()
     with safetensors.safe_open(path, framework="pt") as file:
         key = file.metadata()["key"]
@@ -564,54 +563,52 @@ def test_damaged_files_are_made_again(quick, caplog):
         damage()
         caplog.clear()
         with caplog.at_level(logging.WARNING, "spurious"):
-            feature_extractor.Extractor(config).extract(_one(3))
+            extraction.Extractor(config).extract(_one(3))
         assert "is damaged" in caplog.text
         assert path.read_bytes() == good
 
 
 def test_interrupted_goes_on_where_it_stopped(quick, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(feature_extractor, "SHARD", 4)
+    monkeypatch.setattr(extraction, "SHARD", 4)
     whole = quick(features_cache_dir=str(tmp_path / "whole"))
-    feature_extractor.Extractor(whole).extract(_one(10))
+    extraction.Extractor(whole).extract(_one(10))
 
     config = quick()
     stopped = Drawn(10, fails=9, error=KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
-        feature_extractor.Extractor(config).extract(splits_of(stopped, stopped))
+        extraction.Extractor(config).extract(splits_of(stopped, stopped))
     (parts,) = Path(config.features_cache_dir).glob("*.parts")
     assert len(list(parts.iterdir())) == 2 and not cache_files(config)
 
     flip_last_byte(parts / "000000.safetensors")
     rest = Drawn(10)
     with caplog.at_level(logging.WARNING, "spurious"):
-        feature_extractor.Extractor(config).extract(splits_of(rest, rest))
-    assert "is not taken up" in caplog.text
+        extraction.Extractor(config).extract(splits_of(rest, rest))
+    assert "is not reused" in caplog.text
     assert rest.decoded == [0, 1, 2, 3, 8, 9]
     assert cache_files(config)[0].read_bytes() == cache_files(whole)[0].read_bytes()
 
     # Shards that were made in other batches are not mixed with ours.
     other = quick(feature_extractor_batch_size=4, features_cache_dir=str(tmp_path / "other"))
     with pytest.raises(KeyboardInterrupt):
-        feature_extractor.Extractor(other).extract(splits_of(stopped, stopped))
+        extraction.Extractor(other).extract(splits_of(stopped, stopped))
     rest = Drawn(10)
     mixed = other.model_copy(update={"feature_extractor_batch_size": 2})
-    feature_extractor.Extractor(mixed).extract(splits_of(rest, rest))
+    extraction.Extractor(mixed).extract(splits_of(rest, rest))
     assert rest.decoded == list(range(10))
 
 
 def test_a_bad_picture_in_a_worker_is_a_user_s_error(quick):
     bad = Drawn(3, fails=2, error=DataError("row 7: a.jpg cannot be read"))
     with pytest.raises(DataError) as caught:
-        feature_extractor.Extractor(quick(num_workers=1)).extract(splits_of(bad, bad))
+        extraction.Extractor(quick(num_workers=1)).extract(splits_of(bad, bad))
     assert caught.value.problems == ("row 7: a.jpg cannot be read",)
 
 
 def test_cache_folder_that_cannot_be_used(quick, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="features_cache_dir"):
-        feature_extractor.Extractor(quick(features_cache_dir=str(tmp_path / "file"))).extract(
-            _one(1)
-        )
+        extraction.Extractor(quick(features_cache_dir=str(tmp_path / "file"))).extract(_one(1))
 
 
 def test_two_at_once_share_one_extraction(quick, caplog):
@@ -631,9 +628,7 @@ def test_two_at_once_share_one_extraction(quick, caplog):
 
     slow, unread, results = Slow(2), Drawn(2, fails=0, error=AssertionError("read twice")), []
     thread = threading.Thread(
-        target=lambda: results.append(
-            feature_extractor.Extractor(config).extract(splits_of(slow, slow))
-        )
+        target=lambda: results.append(extraction.Extractor(config).extract(splits_of(slow, slow)))
     )
     logger, handler = logging.getLogger("spurious.lab.features.cache"), Seen()
     logger.addHandler(handler)
@@ -641,7 +636,7 @@ def test_two_at_once_share_one_extraction(quick, caplog):
         with caplog.at_level(logging.INFO, "spurious"):
             thread.start()
             assert started.wait(30)
-            second = feature_extractor.Extractor(config).extract(splits_of(unread, unread))
+            second = extraction.Extractor(config).extract(splits_of(unread, unread))
             thread.join(30)
     finally:
         logger.removeHandler(handler)
@@ -657,7 +652,7 @@ def test_list_and_prune(quick, capsys, monkeypatch, tmp_path):
     assert feature_extractor.main(["--prune", *options]) == 0
     assert capsys.readouterr().out == "nothing to remove\n"
     for seed in (0, 1):
-        feature_extractor.Extractor(quick(seed=seed)).extract(_one(1))
+        extraction.Extractor(quick(seed=seed)).extract(_one(1))
     keep, damaged = cache_files(config)
     flip_last_byte(damaged)
     digest = keep.stem[-16:]
@@ -692,14 +687,14 @@ def test_list_and_prune(quick, capsys, monkeypatch, tmp_path):
 
 def test_pictures_in_memory():
     pixels = torch.rand(2, 3, 28, 28)
-    made = feature_extractor.TensorPictures(pixels)
+    made = extraction.TensorPictures(pixels)
     expected = F.interpolate(pixels, (224, 224), mode="bilinear", align_corners=False)
     assert (made.decode_uint8(1) / 255 - expected[1]).abs().max() <= 0.5 / 255 + 1e-5
-    assert made.identity != feature_extractor.TensorPictures(1 - pixels).identity
-    grey = feature_extractor.TensorPictures(pixels[:, :1]).decode_uint8(0)
+    assert made.identity != extraction.TensorPictures(1 - pixels).identity
+    grey = extraction.TensorPictures(pixels[:, :1]).decode_uint8(0)
     assert grey.shape == (3, 224, 224) and torch.equal(grey[0], grey[2])
     with pytest.raises(ValueError, match="outside"):
-        feature_extractor.TensorPictures(pixels * 2)
+        extraction.TensorPictures(pixels * 2)
 
 
 def test_colored_mnist_end_to_end(tmp_path, data_dir):
@@ -725,8 +720,9 @@ def test_loader_leaves_pixels_to_the_extractor(extractor_settings):
 
 DRIVER = """
 import sys
-from lab.features import extraction as feature_extractor
-feature_extractor.SHARD = 4
+import feature_extractor
+from lab.features import extraction
+extraction.SHARD = 4
 sys.exit(feature_extractor.main(sys.argv[1:]))
 """
 
@@ -752,7 +748,7 @@ def files_of(folder):
 
 def test_torchrun_and_kill_9_give_the_same_files(command, monkeypatch):
     folder, arguments, environment = command
-    monkeypatch.setattr(feature_extractor, "SHARD", 4)
+    monkeypatch.setattr(extraction, "SHARD", 4)
     assert feature_extractor.main([*arguments, f"features_cache_dir={folder}/single"]) == 0
     single = files_of(folder / "single")
     assert len(single) == 3

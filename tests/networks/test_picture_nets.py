@@ -22,7 +22,7 @@ from lab.evaluation import predictions
 from lab.evaluation.losses import MSE
 from lab.networks import building, picture_nets
 from lab.networks import weights as weight_files
-from lab.retraining import head as dfr
+from lab.retraining import dfr
 from lab.splits.pixels import IMAGENET_MEAN, IMAGENET_STD
 from lab.system.errors import ConfigError, DataError
 from lab.training import loop as trainer

@@ -12,11 +12,13 @@ from conftest import in_float64, make_split, make_splits, many_groups
 import dfr as dfr_command
 import main
 from lab.config import loading
+from lab.config.seeds import derive_seed
 from lab.evaluation import metrics
 from lab.figures import drawing
 from lab.networks import building
-from lab.retraining import descent as last_layer
-from lab.retraining import head as dfr
+from lab.retraining import descent, dfr
+from lab.retraining.head import load_head
+from lab.retraining.subsets import fifths
 from lab.splits.splits import Splits
 from lab.system.errors import ConfigError, DataError, UserError
 
@@ -65,7 +67,7 @@ def trained_whole(net, splits, config):
         return net.classifier((net.hidden(x) - mean) / scale).squeeze(1)
 
     source, loss = splits.dfr, config.loss.load().value
-    rng = np.random.default_rng(dfr.derive_seed(config.seed, "dfr", "sgd", "split"))
+    rng = np.random.default_rng(derive_seed(config.seed, "dfr", "sgd", "split"))
     members = [rng.permutation(np.arange(s.start, s.stop)) for s in source.slices]
     held, fitting, number = [], [], 0
     for rows in members:
@@ -76,7 +78,7 @@ def trained_whole(net, splits, config):
     optimizer = torch.optim.Adam(net.classifier.parameters(), lr=config.dfr_sgd_learning_rate)
     states, scores = [], []
     for epoch in range(1, config.dfr_sgd_epochs + 1):
-        rng = np.random.default_rng(dfr.derive_seed(config.seed, "dfr", "sgd", "epoch", epoch))
+        rng = np.random.default_rng(derive_seed(config.seed, "dfr", "sgd", "epoch", epoch))
         rows = np.sort(np.concatenate(fitting))
         if config.dfr_balance:
             smallest = min(map(len, fitting))
@@ -146,7 +148,7 @@ def test_gradient_descent_finds_the_least_squares_solution(settings):
     layer = building.fresh_classifier(net, config, "anything")
     # What is held out is what is trained on, so that the last epochs are the best.
     members = [np.arange(part.start, part.stop) for part in features.slices]
-    history = last_layer.train(layer, features, lambda _: np.arange(61), members, config)
+    history = descent.train(layer, features, lambda _: np.arange(61), members, config)
     assert len(history) == 600
     expected, residual, *_ = np.linalg.lstsq(h, features.y.numpy(), rcond=None)
     weight, bias = layer.effective()
@@ -181,7 +183,7 @@ def test_a_fifth_is_held_out_and_epochs_are_balanced(settings, monkeypatch, bala
         seen["held_out"] = held_out
         return [{"epoch": 1, "val_loss": 1.0}]
 
-    monkeypatch.setattr(last_layer, "train", train)
+    monkeypatch.setattr(descent, "train", train)
     net, splits, config = problem(settings, dfr_balance=balance)
     results = dfr.retrain(net, splits, config)[1]
     group = splits.dfr.group.numpy()
@@ -209,7 +211,7 @@ def test_a_new_layer_depends_on_seed_and_purpose_only(settings):
         assert not torch.equal(one.weight, net.classifier.weight)
 
 
-def test_data_that_are_too_few_are_told_before_training():
+def test_too_few_data_are_reported_before_training():
     splits = make_splits()
     splits.dfr = make_split((1, 1, 1, 1))
     dfr.check(splits)
@@ -220,10 +222,10 @@ def test_data_that_are_too_few_are_told_before_training():
 
 
 def test_a_fifth_of_small_groups():
-    assert dfr.fifths([5, 0, 10, 4]) == [1, 0, 2, 0]
-    assert dfr.fifths([4] * 10) == [0, 1, 1, 1, 1, 0, 1, 1, 1, 1]
-    assert dfr.fifths([1] * 10) == [0, 0, 0, 0, 1] * 2
-    assert dfr.fifths([0, 4, 1, 3, 2]) == [0, 0, 1, 0, 1]
+    assert fifths([5, 0, 10, 4]) == [1, 0, 2, 0]
+    assert fifths([4] * 10) == [0, 1, 1, 1, 1, 0, 1, 1, 1, 1]
+    assert fifths([1] * 10) == [0, 0, 0, 0, 1] * 2
+    assert fifths([0, 4, 1, 3, 2]) == [0, 0, 1, 0, 1]
 
 
 def test_groups_that_are_empty_or_tiny(settings):
@@ -233,7 +235,7 @@ def test_groups_that_are_empty_or_tiny(settings):
     assert results["num_samples"] == 16 and results["samples_per_group"] == 8
 
 
-def test_a_learning_rate_that_is_too_large_is_told(settings):
+def test_a_learning_rate_that_is_too_large_is_reported(settings):
     net, splits, config = problem(settings, loss_function="mse")
     config = config.model_copy(update={"dfr_sgd_learning_rate": 1e200})
     with pytest.raises(UserError, match=r"dfr_sgd_learning_rate: given 1e\+200, .*; lower it"):
@@ -276,7 +278,7 @@ def test_a_run_and_its_files(run_folder):
     text = (run_folder / "dfr_results.txt").read_text()
     assert "gradient descent on" in text and "worst-group accuracy" in text
     assert (run_folder / "plots" / "dfr.png").exists()
-    head = dfr.load_head(run_folder / "dfr_model.npz")
+    head = load_head(run_folder / "dfr_model.npz")
     assert head.coefficients.shape == (16,)
 
 

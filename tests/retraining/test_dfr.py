@@ -10,10 +10,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.preprocessing import StandardScaler
 
+from lab.config.seeds import derive_seed
 from lab.evaluation import metrics, predictions
 from lab.evaluation.losses import LOGISTIC
 from lab.networks import building
-from lab.retraining import head as dfr
+from lab.retraining import dfr, regressions
+from lab.retraining.head import Head
+from lab.retraining.subsets import fitting_and_scoring
 from lab.splits.splits import Splits
 from lab.system.errors import DataError
 
@@ -95,10 +98,10 @@ def test_tuning_fits_one_half_and_scores_the_other(settings, monkeypatch):
     X = rng.normal(size=(len(splits.dfr), 6))
     X[:, 0] += splits.dfr.y.numpy()
     tasks = spy_on_fits(monkeypatch)
-    table = dfr.tune(X, splits.dfr, config)
+    table = regressions.tune(X, splits.dfr, config)
     assert [row["c"] for row in table] == [0.01, 0.3, 3.0]
-    seeded = np.random.default_rng(dfr.derive_seed(config.seed, "dfr", "tune"))
-    fitting, scoring = dfr.fitting_and_scoring(splits.dfr, seeded, [10, 4, 4, 12])
+    seeded = np.random.default_rng(derive_seed(config.seed, "dfr", "tune"))
+    fitting, scoring = fitting_and_scoring(splits.dfr, seeded, [10, 4, 4, 12])
     assert [len(rows) for rows in fitting] == [10, 4, 5, 12]
     assert [len(rows) for rows in scoring] == [10, 4, 4, 12]
     assert sorted(np.concatenate(fitting + scoring)) == list(range(61))
@@ -116,7 +119,7 @@ def test_tuning_fits_one_half_and_scores_the_other(settings, monkeypatch):
 def test_ties_go_to_the_smaller_c(settings, monkeypatch):
     net, splits, config = problem(settings, dfr_c_options=[5.0, 0.2, 1.0])
     tied = [{"c": c, "worst_acc": s} for c, s in ((0.2, 0.5), (1.0, 0.75), (5.0, 0.75))]
-    monkeypatch.setattr(dfr, "tune", lambda *_: tied)
+    monkeypatch.setattr(regressions, "tune", lambda *_: tied)
     assert dfr.retrain(net, splits, config)[1]["c"] == 1.0
 
 
@@ -136,7 +139,7 @@ def test_empty_and_tiny_groups(settings, counts):
     assert np.isfinite(results["after"]["test"]["worst_acc"])
 
 
-def test_data_that_cannot_be_used_is_said_before_training():
+def test_unusable_data_is_reported_before_training():
     splits = make_splits()
     with pytest.raises(DataError, match="dfr_val_ratio: too small"):
         dfr.check(splits)
@@ -147,7 +150,7 @@ def test_data_that_cannot_be_used_is_said_before_training():
     dfr.check(splits)
 
 
-def test_fits_that_do_not_converge_are_told_once(settings, monkeypatch, caplog):
+def test_fits_that_do_not_converge_are_reported_once(settings, monkeypatch, caplog):
     from lab.retraining import logistic
 
     monkeypatch.setattr(logistic, "MAX_ITERATIONS", 1)
@@ -167,7 +170,7 @@ def test_saved_files_read_back(settings, tmp_path):
     assert read["after"]["test"]["group_1_acc"] is None
     assert read["after"]["train"] == results["after"]["train"]
     with np.load(tmp_path / "dfr_model.npz", allow_pickle=False) as saved:
-        again = dfr.Head(
+        again = Head(
             saved["mean"], saved["scale"], saved["coefficients"], float(saved["intercept"])
         )
     h = np.concatenate(list(dfr.feature_batches(net, splits.test, config)))
@@ -300,7 +303,7 @@ def test_two_classes_on_the_target_set(settings, loss):
 
     head, results = dfr.retrain(Two(), splits, config)
     X = Net().hidden(splits.target.inputs).numpy()
-    seed = dfr.derive_seed(config.seed, "dfr", "solver", 0) % 2**31
+    seed = derive_seed(config.seed, "dfr", "solver", 0) % 2**31
     twin = solver("l1", 1.0, seed).fit(X, splits.target.y.numpy())
     if loss == "cross_entropy":
         assert head.coefficients.shape == (2, 5)
@@ -333,7 +336,7 @@ def test_saved_files_of_several_classes(settings, tmp_path):
     head, results = dfr.retrain(net, splits, config)
     dfr.save(tmp_path, head, results, splits.group_names)
     with np.load(tmp_path / "dfr_model.npz", allow_pickle=False) as saved:
-        again = dfr.Head(*(saved[k] for k in ("mean", "scale", "coefficients", "intercept")))
+        again = Head(*(saved[k] for k in ("mean", "scale", "coefficients", "intercept")))
     h = np.concatenate(list(dfr.feature_batches(net, splits.test, config)))
     right = metrics.correct(again.outputs(h), splits.test.y).double().mean().item()
     assert right == pytest.approx(results["after"]["test"]["avg_acc"])
@@ -343,7 +346,7 @@ def test_saved_files_of_several_classes(settings, tmp_path):
     assert "group" not in text.replace("worst-group", "")  # nine would be too many
 
 
-def test_labels_that_are_missing_are_told(settings):
+def test_missing_labels_are_reported(settings):
     _, splits, _ = target_problem(settings)
     splits.dfr = three_classes((5, 6, 4, 7, 5, 6, 0, 0, 0), 2)
     with pytest.raises(DataError, match="hold 2 of 3 labels only"):

@@ -19,7 +19,7 @@ from material import SMALL, assert_equal, at_call, sent
 
 from benchmarks import kill
 from lab.figures import drawing
-from lab.retraining import head as dfr
+from lab.retraining import regressions
 from lab.runs import run as tracking
 from lab.system import files
 from lab.system.command import Stopped, exit_code, stop_signals, whole_step
@@ -53,7 +53,7 @@ MOMENTS = {
     "evaluation of epoch 3": (trainer._Training, "evaluate", 4, (2, 4)),
     "between the tables of epoch 3": (tracking.Run, "analysis", 9, None),
     "a checkpoint": (files, "save", 3, None),
-    "DFR": (dfr, "tune", 1, (4, 0)),
+    "DFR": (regressions, "tune", 1, (4, 0)),
     "plots": (drawing, "save", 2, (4, 0)),
 }
 
