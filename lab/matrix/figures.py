@@ -5,6 +5,7 @@ in the order of their clusters.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -21,8 +22,8 @@ INCHES = 0.13  # a row or column of a heat map, so that forty names can be read
 LEAST = 1.6  # inches of a side
 
 
-def draw(folder, file_format: str) -> list[Path]:
-    """Draw every figure into `<folder>/plots/`, those of tasks into `tasks/` there; the paths."""
+def draw(folder: str | Path, file_format: str) -> list[Path]:
+    """Draw every figure into `<folder>/plots/`, those of tasks into its `tasks/`; the paths."""
     folder = Path(folder)
     plots = folder / "plots"
     (plots / "tasks").mkdir(parents=True, exist_ok=True)
@@ -37,7 +38,9 @@ def draw(folder, file_format: str) -> list[Path]:
     return paths
 
 
-def _figures(folder: Path, T: pd.DataFrame, accuracies: pd.DataFrame, found: dict):
+def _figures(
+    folder: Path, T: pd.DataFrame, accuracies: pd.DataFrame, found: dict
+) -> Iterator[tuple[str, Figure]]:
     """Yields (name, figure)."""
     yield "spurious_matrix", heat_map(T, "task", "attribute", DELTA, lowest=0)
     yield "delta_histogram", histogram(T.to_numpy(), found["eps"])
@@ -104,7 +107,7 @@ def histogram(T: np.ndarray, eps: float) -> Figure:
     figure = Figure(figsize=(4.2, 2.6), layout="constrained")
     ax = figure.subplots()
     values = T[np.isfinite(T)]
-    ax.hist(values, bins=np.linspace(0, max(5.0, *values, 0.0), 41))
+    ax.hist(values, bins=np.linspace(0, max(5.0, *values, 0.0), 41).tolist())
     ax.axvline(eps, color=BLACK, linestyle="--", label=f"{eps:g}, above it a pair is listed")
     ax.set(xlabel=DELTA, ylabel="pairs (log)", yscale="log")
     ax.legend()

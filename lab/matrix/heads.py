@@ -8,6 +8,7 @@ epoch), and only the order in which a run stores its samples, group by group, de
 import logging
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -15,7 +16,6 @@ from torch.func import functional_call, vmap
 
 from lab.config.schema import Config
 from lab.config.seeds import derive_seed
-from lab.config.strict_yaml import show
 from lab.evaluation import metrics
 from lab.networks import building
 from lab.system import files, memory
@@ -37,7 +37,7 @@ class Heads(nn.Module):
     def __init__(self, config: Config, inputs: int, count: int):
         super().__init__()
         self.mlp = building.build(config, (inputs,))
-        for layer in self.mlp.layers:
+        for layer in cast(nn.ModuleList, self.mlp.layers):
             for name, one in list(layer.named_parameters()):
                 stacked = one.detach().repeat(count, *[1] * one.dim())
                 if one.dim() == 2:  # in the layout of its gradient, which is not copied then
@@ -53,22 +53,6 @@ class Heads(nn.Module):
         return vmap(one, (0, 0 if x.dim() == 3 else None))(dict(self.mlp.named_parameters()), x)
 
 
-def check(config: Config) -> None:
-    """Raises `ConfigError` for settings that cannot be trained so."""
-    wrong = {
-        "train_batch_size": (config.train_batch_size is None, "a whole number"),
-        "early_stopping_patience": (config.early_stopping_patience is not None, "null"),
-        "loss_function": (config.loss.class_outputs, "logistic, mse"),
-    }
-    problems = [
-        f"{name}: given {show(getattr(config, name))}; allowed for all tasks at once: {allowed}"
-        for name, (refused, allowed) in wrong.items()
-        if refused
-    ]
-    if problems:
-        raise ConfigError(*problems)
-
-
 def train(
     features: torch.Tensor,
     labels: torch.Tensor,
@@ -78,9 +62,9 @@ def train(
     data: str,
     names: list[str],
 ) -> list[Heads]:
-    """Trained heads for K tasks on the features (N, d); goes on from `heads.pt`, if it is there.
+    """Trained heads for K tasks on the features (N, d); continues from `heads.pt`, if it exists.
 
-    Blocks of them, in the order of the tasks.
+    They come in blocks, in the order of the tasks.
 
     labels: (N, K) of -1 and +1; orders: (K, N), where in `features` the samples are that a task's
     own run would store, in its order; data: a fingerprint of all this; names: of the tasks. Raises
@@ -112,7 +96,7 @@ class _Training:
                 with whole_step():
                     self.epoch, self.step = self.epoch + 1, 0
                 self.check_finite()
-                worst = losses.argmax().item()
+                worst = int(losses.argmax())
                 log.info(
                     "epoch %d/%d  mean loss %.3g, the largest %.3g of %s",
                     *(self.epoch, self.config.epochs, losses.mean(), losses[worst]),
@@ -127,7 +111,7 @@ class _Training:
         return self.blocks
 
     def train_epoch(self, epoch: int) -> torch.Tensor:
-        """Every head's steps of an epoch that are left; their mean loss (K,) each."""
+        """The remaining steps of an epoch; mean losses (K,) of the heads over them."""
         config = self.config
         for group in (group for one in self.optimizers for group in one.param_groups):
             group["lr"] = group["initial_lr"] * trainer.learning_rate_factor(config, epoch)
@@ -143,7 +127,7 @@ class _Training:
         return (total / max(1, len(batches))).cpu()
 
     def train_step(self, heads, optimizer, tasks, places) -> torch.Tensor:
-        """A step of the heads of these tasks; their losses."""
+        """One step of the heads of these tasks; returns their losses."""
         rows = self.orders[tasks][:, places]
         optimizer.zero_grad()
         losses = self.loss.value(heads(self.features[rows]), self.labels[rows, tasks[:, None]])
@@ -177,14 +161,15 @@ class _Training:
             return
         try:
             state = checkpoints.read(path, STATE)
-        except Exception as error:  # there is no end to what damaged bytes raise in torch
+        except Exception as error:  # damaged bytes can raise anything in torch
             raise checkpoints.Useless(
-                f"{path}: not readable ({error}); to start over, remove it"
+                f"{path}: not readable ({error}); remove it to start over"
             ) from None
         checkpoints.check_data(state, self.data, self.folder)
         if len(state["blocks"]) != len(self.blocks):
             raise checkpoints.Useless(
-                f"{path}: of another kind of device; go on there, or remove it to start over"
+                f"{path}: written on another kind of device; resume there, "
+                "or remove it to start over"
             )
         for mine, kept in (
             (self.blocks, state["blocks"]),
@@ -204,7 +189,7 @@ def _weights(config: Config, inputs: int) -> int:
 
 
 def _at_once(config: Config, inputs: int, count: int, device: torch.device) -> int:
-    """How many of the heads are one block: all of them but on a CPU."""
+    """How many of the heads are one block: all of them, except on a CPU."""
     if device.type != "cpu":
         return count
     return min(count, max(1, BLOCK_BYTES // (4 * _weights(config, inputs))))
@@ -212,23 +197,25 @@ def _at_once(config: Config, inputs: int, count: int, device: torch.device) -> i
 
 def _check_memory(config: Config, inputs: int, count: int, samples: int, at_once: int) -> None:
     """Raises `ConfigError` if the heads and a batch of each in a block do not fit the memory."""
-    width, depth, there = config.hidden_dim, config.num_hidden_layers, memory.available()
+    width, depth, available = config.hidden_dim, config.num_hidden_layers, memory.available()
     kept = memory.training_bytes(_weights(config, inputs), config.optimizer, config.momentum)
-    batch = 4 * min(config.train_batch_size, samples) * (inputs + 3 * depth * width)
+    batch = 4 * min(config.train_batch_size or samples, samples) * (inputs + 3 * depth * width)
     needed = count * kept + at_once * batch
-    if config.device != "cuda" and there and needed > there:
+    if config.device != "cuda" and available and needed > available:
         raise ConfigError(
             f"hidden_dim, num_hidden_layers, train_batch_size: given {width}, {depth}, "
             f"{config.train_batch_size}, which for {count} tasks at once is "
-            f"{memory.shown(needed)}, but {memory.shown(there)} are there; allowed: less"
+            f"{memory.shown(needed)}, but {memory.shown(available)} are available; allowed: less"
         )
 
 
 @torch.no_grad()
-def right(blocks, features: torch.Tensor, labels: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """(N, K) bool, which heads are right about which samples: one pass over the features (N, d).
+def correct(
+    blocks: list[Heads], features: torch.Tensor, labels: torch.Tensor, batch_size: int
+) -> torch.Tensor:
+    """(N, K) bool, which heads classify which samples correctly: one pass over features (N, d).
 
-    blocks: what `train` gave; labels: (N, K) of -1 and +1.
+    blocks: what `train` returns; labels: (N, K) of -1 and +1.
     """
     batches = features.split(batch_size)
     f = torch.cat([torch.cat([heads(x) for heads in blocks]) for x in batches], dim=1)

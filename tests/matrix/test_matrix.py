@@ -17,7 +17,7 @@ import yaml
 
 import data_loader
 import plotting
-import spurious_matrix as matrix_command
+import spurious_matrix
 from benchmarks import celeba_standin
 from lab.config import loading
 from lab.data_sets.sources import celeba
@@ -26,7 +26,8 @@ from lab.evaluation.losses import LOGISTIC
 from lab.features import extraction as feature_extractor
 from lab.matrix import figures as matrix_plots
 from lab.matrix import heads as batched_heads
-from lab.matrix import tables as spurious_matrix
+from lab.matrix import settings, training
+from lab.matrix.collecting import attributes_of
 from lab.networks import building, picture_nets
 from lab.runs import run as tracking
 from lab.training import loop as trainer
@@ -111,7 +112,7 @@ def whole(faces, tmp_path_factory):
     """(configuration file, folder) of the matrix of all networks, trained one after the other."""
     place = tmp_path_factory.mktemp("whole")
     file = written(place / "config.yaml", **keys(faces[0], place / "results"))
-    assert matrix_command.main(["--config", file, "--k", "3", "--eps", "10"]) == 0
+    assert spurious_matrix.main(["--config", file, "--k", "3", "--eps", "10"]) == 0
     (folder,) = (place / "results").iterdir()
     return file, folder
 
@@ -181,7 +182,7 @@ def test_tasks_trained_apart_and_collected(whole, tmp_path, capsys, monkeypatch,
         place = tmp_path / "sweep" / "jobs" / f"{number:04d}"
         if number < 2:
             given = ["--config", file, "--task", name, f"results_dir={place}", "use_dfr=false"]
-            assert matrix_command.main(given) == 0
+            assert spurious_matrix.main(given) == 0
             (mine,), (theirs,) = place.iterdir(), (folder / "runs" / name).iterdir()
             one, other = (torch.load(run / "model.pt", weights_only=True) for run in (mine, theirs))
             assert all(torch.equal(one[key], other[key]) for key in other)
@@ -195,7 +196,7 @@ def test_tasks_trained_apart_and_collected(whole, tmp_path, capsys, monkeypatch,
     )
     capsys.readouterr()
     given = ["--collect", str(tmp_path / "sweep"), "--k", "3", "--eps", "10"]
-    assert matrix_command.main(given) == 0
+    assert spurious_matrix.main(given) == 0
     collected = result_of(capsys)
     assert collected.parent == tmp_path / "sweep" / "spurious_matrix"
     same_tables(collected, folder)
@@ -212,17 +213,17 @@ def test_what_cannot_be_collected(whole, tmp_path, capsys):
     (run / tracking.CONFIG).write_text(
         (run / tracking.CONFIG).read_text().replace("epochs: 3\n", "epochs: 4\n")
     )
-    assert matrix_command.main(given) == 2
+    assert spurious_matrix.main(given) == 2
     assert "Male" in (told := capsys.readouterr().err) and "epochs is 4, elsewhere 3" in told
     shutil.copytree(run, folder / "again")
-    assert matrix_command.main(given) == 2
+    assert spurious_matrix.main(given) == 2
     assert "two finished runs of Male" in capsys.readouterr().err
     shutil.rmtree(folder / "Male")
     shutil.rmtree(folder / "again")
-    assert matrix_command.main(given) == 2
+    assert spurious_matrix.main(given) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "no finished run of Male"
-    assert matrix_command.main(["--collect", str(tmp_path / "none")]) == 2
-    assert matrix_command.main(["--collect", str(whole[1] / "plots")]) == 2
+    assert spurious_matrix.main(["--collect", str(tmp_path / "none")]) == 2
+    assert spurious_matrix.main(["--collect", str(whole[1] / "plots")]) == 2
     assert "no finished run of CelebA" in capsys.readouterr().err
     assert not (folder / "spurious_matrix").exists()
 
@@ -243,22 +244,22 @@ def interrupt(monkeypatch, owner, call: int) -> None:
 def test_an_interrupted_matrix_goes_on(few, tmp_path, monkeypatch, capsys, no_figures):
     file = written(tmp_path / "config.yaml", **keys(few, tmp_path / "whole", epochs=1))
     given = ["--config", file, "--k", "2"]
-    assert matrix_command.main(given) == 0
+    assert spurious_matrix.main(given) == 0
     (whole,) = (tmp_path / "whole").iterdir()
     with monkeypatch.context() as patch:
         # A network's passes: 10 of one evaluation, 3 steps, 10 again; this is in the second.
         interrupt(patch, picture_nets.PictureNet, 40)
-        code = matrix_command.main([*given, f"results_dir={tmp_path / 'parts'}"])
+        code = spurious_matrix.main([*given, f"results_dir={tmp_path / 'parts'}"])
     assert code == 128 + signal.SIGTERM
     (parts,) = (tmp_path / "parts").iterdir()
     assert capsys.readouterr().err.splitlines()[-1] == (
         f"python spurious_matrix.py --resume {parts}"
     )
     assert 0 < len(list((parts / "runs").iterdir())) < 3
-    assert matrix_command.main(["--resume", str(parts)]) == 0
+    assert spurious_matrix.main(["--resume", str(parts)]) == 0
     same_tables(parts, whole)
     # Of what is finished only the tables and figures are made again, with other options too.
-    assert matrix_command.main(["--resume", str(parts), "--gamma", "0.5"]) == 0
+    assert spurious_matrix.main(["--resume", str(parts), "--gamma", "0.5"]) == 0
     assert json.loads((parts / "clusters.json").read_text())["gamma"] == 0.5
 
 
@@ -306,12 +307,12 @@ def test_batched_heads_are_those_trained_one_by_one(
     monkeypatch.setattr(feature_extractor, "Extractor", FakeExtractor)
     monkeypatch.setattr(batched_heads, "BLOCK_BYTES", 4 * 16 * 13 * 3)  # three heads of 13 inputs
     config = loading.validate(keys(faces[0], tmp_path, **(FEATURES | changes)))
-    correct, counts = spurious_matrix._train_heads(config, NAMES, "cpu", tmp_path, None, None)
+    correct, counts = training.train_heads(config, NAMES, "cpu", tmp_path)
     heads = heads_of(tmp_path)
     for t, name in list(enumerate(NAMES))[1:5]:  # of two blocks
-        own = spurious_matrix.task_config(config, spurious_matrix.grouping(NAMES, name))
+        own = settings.task_config(config, settings.grouping(NAMES, name))
         splits = data_loader.load(own)
-        attributes = spurious_matrix._attributes(splits.val.inputs)
+        attributes = attributes_of(splits.val.inputs)
         splits = FakeExtractor(own).extract(splits)
         network = building.build_for(own, splits)
         before = {key: value.clone() for key, value in network.state_dict().items()}
@@ -341,31 +342,31 @@ def test_heads_end_to_end_in_one_pass_and_resumed(faces, tmp_path, monkeypatch, 
         patch.setattr(
             batched_heads.Heads, "forward", lambda self, x: passes.append(x) or forward(self, x)
         )
-        assert matrix_command.main(given) == 0
+        assert spurious_matrix.main(given) == 0
     steps = 15 * math.ceil(480 / 32)
     assert [len(x) for x in passes[steps:]] == [64, 64, 32]  # of the validation faces, once
     (whole,) = (tmp_path / "whole").iterdir()
     with monkeypatch.context() as patch:
         interrupt(patch, batched_heads.Heads, 50)
-        code = matrix_command.main([*given, f"results_dir={tmp_path / 'parts'}"])
+        code = spurious_matrix.main([*given, f"results_dir={tmp_path / 'parts'}"])
     assert code == 128 + signal.SIGTERM
     (parts,) = (tmp_path / "parts").iterdir()
     state = torch.load(parts / "heads.pt", weights_only=True)
     assert (state["epoch"], state["step"]) == (3, 50 - 3 * 15)
-    assert matrix_command.main(["--resume", str(parts)]) == 0
+    assert spurious_matrix.main(["--resume", str(parts)]) == 0
     same_tables(parts, whole)
     one, other = heads_of(parts), heads_of(whole)
     assert all(torch.equal(one[key], other[key]) for key in other)
     capsys.readouterr()
     # More epochs go on from the last; the checkpoint of other data is refused.
-    assert matrix_command.main(["--resume", str(parts), "epochs=16"]) == 0
+    assert spurious_matrix.main(["--resume", str(parts), "epochs=16"]) == 0
     assert torch.load(parts / "heads.pt", weights_only=True)["epoch"] == 16
     state["data"] = "other"
     torch.save(state, parts / "heads.pt")
-    assert matrix_command.main(["--resume", str(parts), "epochs=17"]) == 2
+    assert spurious_matrix.main(["--resume", str(parts), "epochs=17"]) == 2
     assert "not those of this run" in capsys.readouterr().err
     (parts / "heads.pt").write_bytes(b"damaged")
-    assert matrix_command.main(["--resume", str(parts), "epochs=17"]) == 2
+    assert spurious_matrix.main(["--resume", str(parts), "epochs=17"]) == 2
     assert "heads.pt: not readable" in capsys.readouterr().err
 
 
@@ -373,21 +374,19 @@ def test_heads_that_diverge_are_named(faces, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(feature_extractor, "Extractor", FakeExtractor)
     changes = FEATURES | {"learning_rate": 1e6, "loss_function": "mse", "epochs": 50}
     file = written(tmp_path / "config.yaml", **keys(faces[0], tmp_path, **changes))
-    assert matrix_command.main(["--config", file, "--k", "3"]) == 2
+    assert spurious_matrix.main(["--config", file, "--k", "3"]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "not finite" in line]
     assert line.startswith("learning_rate: the network for Bangs is not finite at epoch")
 
 
 def test_storage_orders_are_those_of_the_runs(faces, tmp_path):
     config = loading.validate(keys(*faces[:1], tmp_path))
-    base = data_loader.load(
-        spurious_matrix.task_config(config, spurious_matrix.grouping(NAMES, "Bangs"))
-    )
+    base = data_loader.load(settings.task_config(config, settings.grouping(NAMES, "Bangs")))
     rows = base.train.inputs.rows
-    orders = spurious_matrix.storage_orders(rows, faces[1][rows])
+    orders = training.storage_orders(rows, faces[1][rows])
     for order, name in zip(orders, NAMES):
-        text = spurious_matrix.grouping(NAMES, name)
-        own = data_loader.load(spurious_matrix.task_config(config, text))
+        text = settings.grouping(NAMES, name)
+        own = data_loader.load(settings.task_config(config, text))
         assert rows[order].tolist() == own.train.inputs.rows.tolist()
 
 
@@ -405,7 +404,7 @@ def test_storage_orders_are_those_of_the_runs(faces, tmp_path):
 )
 def test_settings_that_cannot_be_compared(few, tmp_path, capsys, changes, told):
     file = written(tmp_path / "config.yaml", **keys(few, tmp_path / "results", **changes))
-    assert matrix_command.main(["--config", file, "--k", "2"]) == 2
+    assert spurious_matrix.main(["--config", file, "--k", "2"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(told) and "allowed" in line
     assert not (tmp_path / "results").exists()
@@ -420,27 +419,27 @@ def test_settings_that_cannot_be_compared(few, tmp_path, capsys, changes, told):
         (["--k", "2", "--gamma", "nan"], "--gamma: given nan; allowed: above 0, up to 1"),
         (["--task", "tow"], "groupings: given tow, but "),
         (["--task", "one", "--resume", "x"], "command line: allowed: one of --task"),
-        (["--resume", "x"], "--config: a matrix goes on with its own"),
+        (["--resume", "x"], "--config: given "),
     ],
 )
 def test_wrong_commands(few, tmp_path, capsys, given, told):
     file = written(tmp_path / "config.yaml", **keys(few, tmp_path / "results"))
-    assert matrix_command.main(["--config", file, *given]) == 2
+    assert spurious_matrix.main(["--config", file, *given]) == 2
     assert capsys.readouterr().err.splitlines()[0].startswith(told)
     assert not (tmp_path / "results").exists()
 
 
 def test_other_data_sets_are_refused(capsys):
-    assert matrix_command.main(["--config", str(ROOT / "config.yaml")]) == 2
+    assert spurious_matrix.main(["--config", str(ROOT / "config.yaml")]) == 2
     assert "dataset_name: given ColoredMNIST; allowed here: CelebA" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["celeba", "celeba_features"])
 def test_presets_can_be_run(name):
     config = loading.load_config(ROOT / "configs" / f"{name}_spurious_matrix.yaml")
-    spurious_matrix.check(config)
+    settings.check(config)
     # What a job of the sweep, which only sets the task, has to have from the file.
-    assert all(getattr(config, key) == value for key, value in spurious_matrix.OWN.items())
+    assert all(getattr(config, key) == value for key, value in settings.OWN.items())
 
 
 def test_the_sweep_has_a_job_for_every_attribute():
@@ -448,5 +447,5 @@ def test_the_sweep_has_a_job_for_every_attribute():
     assert sweep["config"] == "configs/celeba_spurious_matrix.yaml"
     assert sweep["seeds"] == 1 and set(sweep["grid"]) == {"groupings"}
     names = celeba_standin.NAMES
-    wanted = [[spurious_matrix.grouping(names, name)] for name in names]
+    wanted = [[settings.grouping(names, name)] for name in names]
     assert sweep["grid"]["groupings"] == wanted

@@ -1,0 +1,105 @@
+"""Finished runs of single tasks: finding them, and what their networks predict."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from lab import data_sets
+from lab.config import comparing, loading, messages
+from lab.config.schema import Config, layout
+from lab.config.strict_yaml import show
+from lab.evaluation import metrics, predictions, shortcuts
+from lab.matrix.settings import OWN
+from lab.networks import building
+from lab.runs import run as tracking
+from lab.system import devices
+from lab.system.errors import ConfigError, UserError
+from lab.training import checkpoints
+
+log = logging.getLogger(f"spurious.{__name__}")
+
+# Where things are and how fast they go: what may differ when networks are collected.
+PLACE = ("data_dir", "device", "num_workers", "eval_batch_size", "features_cache_dir")
+MAY_DIFFER = (*comparing.FREE_TO_CHANGE, *PLACE, "groupings", "experiment_name", "use_dfr")
+
+
+def find_runs(folders: Iterable[str | Path]) -> dict[str, tuple[Path, Config]]:
+    """{label: (folder, configuration)} of the finished runs of CelebA with one task in folders.
+
+    Raises `UserError` for two runs of the same label.
+    """
+    found: dict[str, tuple[Path, Config]] = {}
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"--collect: given {folder}; allowed: folders with runs")
+        for path in sorted(Path(folder).rglob("status.json")):
+            run = path.parent
+            hidden = any(part.startswith(".") for part in run.relative_to(folder).parts)
+            if hidden or not (run / "model.pt").is_file():
+                continue
+            if tracking.read_status(run)["phase"] != "done":
+                log.warning("%s: not finished, left out", run)
+                continue
+            config = loading.load_config(run / tracking.CONFIG)
+            if not config.data_set.any_task or len(config.groupings) != 1:
+                continue
+            label = config.groupings[0].partition(":")[0]
+            if label in found:
+                raise UserError(f"two finished runs of {label}: {found[label][0]} and {run}")
+            found[label] = run, config
+    return found
+
+
+def predict(
+    runs: dict[str, tuple[Path, Config]], names: list[str], base: Config
+) -> tuple[np.ndarray, np.ndarray]:
+    """(correct samples, samples), each (K, K, 4), of the runs' networks: task × attribute × group.
+
+    One pass of each network over the validation faces serves all attributes. Raises `UserError`
+    for a missing run, or one with other settings than base except for `MAY_DIFFER`.
+    """
+    base = loading.validate(base.resolved() | OWN)
+    problems = [f"no finished run of {name}" for name in names if name not in runs]
+    for run, config in runs.values():
+        problems += [
+            f"{run}: {name} is {show(getattr(config, name))}, elsewhere {show(getattr(base, name))}"
+            for name in layout(base.catalogue)
+            if name not in MAY_DIFFER and getattr(config, name) != getattr(base, name)
+        ]
+    if problems:
+        raise UserError(*problems[: messages.PROBLEMS])
+    device = devices.choose_device(base.device)
+    tallies = []
+    for name in names:
+        run, config = runs[name]
+        place = {key: getattr(base, key) for key in PLACE}
+        config = loading.validate(config.resolved() | place)
+        splits = data_sets.load(config)
+        attributes = attributes_of(splits.val.inputs)
+        if config.use_feature_extractor:
+            from lab.features import extraction  # with torchvision or timm, slow to import
+
+            splits = extraction.Extractor(config, device).extract(splits)
+        network = building.build_for(config, splits)
+        checkpoints.load_network(network, run, "last", splits.fingerprint())
+        val = splits.val.to(device)
+        f = predictions.outputs(network.to(device), val, config.eval_batch_size)
+        right = metrics.correct(f, val.y).cpu().numpy()
+        tallies.append(shortcuts.tallies(right, splits.val.y.numpy(), attributes))
+        log.info("%s: %.3f of %d right", name, right.mean(), len(right))
+    return stacked(tallies)
+
+
+def attributes_of(pictures) -> np.ndarray:
+    """All attributes (N, K) int8 of CelebA's pictures."""
+    return pictures.source.attributes[pictures.rows]
+
+
+def stacked(
+    tallies: Iterable[tuple[np.ndarray, np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tallies of every task as two arrays (K, K, 4)."""
+    correct, counts = zip(*tallies)
+    return np.stack(correct), np.stack(counts)
