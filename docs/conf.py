@@ -1,7 +1,5 @@
 """Settings of the site: `make site` builds it from the pages of this folder, without a network."""
 
-import re
-
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -34,13 +32,7 @@ def _visit(as_block: bool):
     return visit
 
 
-def _unlink_root(app, docname, source):
-    """README.md and others of the root are no part of the site: links to them become their text."""
-    source[0] = re.sub(r"\[([^]]+)\]\(\.\./\w+\.md\)", r"\1", source[0])
-
-
 def setup(app):
-    app.connect("source-read", _unlink_root)
     # Sphinx's MathJax is fetched from the network by every reader, and its imgmath needs LaTeX.
     # Browsers render MathML by themselves, and docutils, which Sphinx is made with, writes it.
     app.add_html_math_renderer("mathml", (_visit(False), None), (_visit(True), None))
