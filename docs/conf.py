@@ -13,7 +13,10 @@ nitpicky = True
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = project
+html_show_copyright = False
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 
 log = logging.getLogger(__name__)
@@ -24,7 +27,10 @@ def _visit(as_block: bool):
 
     def visit(translator, node):
         try:
-            translator.body.append(tex2mathml(node.astext(), as_block=as_block))
+            formula = tex2mathml(node.astext(), as_block=as_block)
+            # Without a font for mathematics browsers draw accents, such as bars, into the letter.
+            formula = formula.replace(' accent="true"', "").replace("ˉ", "¯")
+            translator.body.append(formula)
         except MathError as error:
             log.warning("formula %r: %s", node.astext(), error, location=node)
         raise nodes.SkipNode
