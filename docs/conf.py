@@ -1,7 +1,5 @@
 """Settings of the site: `make site` builds it from the pages of this folder, without a network."""
 
-import re
-
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
@@ -15,7 +13,10 @@ nitpicky = True
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = project
+html_show_copyright = False
 html_show_sourcelink = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_math_renderer = "mathml"
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,10 @@ def _visit(as_block: bool):
 
     def visit(translator, node):
         try:
-            translator.body.append(tex2mathml(node.astext(), as_block=as_block))
+            formula = tex2mathml(node.astext(), as_block=as_block)
+            # Without a font for mathematics browsers draw accents, such as bars, into the letter.
+            formula = formula.replace(' accent="true"', "").replace("ˉ", "¯")
+            translator.body.append(formula)
         except MathError as error:
             log.warning("formula %r: %s", node.astext(), error, location=node)
         raise nodes.SkipNode
@@ -34,13 +38,7 @@ def _visit(as_block: bool):
     return visit
 
 
-def _unlink_root(app, docname, source):
-    """README.md and others of the root are no part of the site: links to them become their text."""
-    source[0] = re.sub(r"\[([^]]+)\]\(\.\./\w+\.md\)", r"\1", source[0])
-
-
 def setup(app):
-    app.connect("source-read", _unlink_root)
     # Sphinx's MathJax is fetched from the network by every reader, and its imgmath needs LaTeX.
     # Browsers render MathML by themselves, and docutils, which Sphinx is made with, writes it.
     app.add_html_math_renderer("mathml", (_visit(False), None), (_visit(True), None))

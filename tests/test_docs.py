@@ -67,3 +67,18 @@ def test_overrides_in_commands_name_keys_that_exist():
             command = line.partition("python main.py ")[2].partition("#")[0].partition("`")[0]
             for name in re.findall(r"(?:^| )([a-z_]+)(?:\.[a-z_]+)?=", command):
                 assert name in known | examples, f"{page.name}: {line}"
+
+
+def test_every_preset_is_listed():
+    presets = TEXTS[ROOT / "docs" / "presets.md"]
+    for folder in ("configs", "sweeps"):
+        for file in (ROOT / folder).glob("*.yaml"):
+            assert f"](../{folder}/{file.name})" in presets, file.name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_formulas_are_read_alike_on_github_and_on_the_site(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", TEXTS[page], flags=re.S)
+    for formula in re.findall(r"\$\$.*?\$\$|\$[^$\n]+\$", text, re.S):
+        assert not re.search(r"\\[^\w\s]", formula), f"{formula}: a backslash before punctuation"
+        assert not re.search(r"[^\w\s]_", formula), f"{formula}: an underscore after punctuation"

@@ -110,7 +110,13 @@ def keys_table() -> str:
 
 
 def _row(*cells) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(map(_cell, cells)) + " |"
+
+
+def _cell(content) -> str:
+    """Text for a cell: `|` would end it, and `<name>` outside code would be a tag of HTML."""
+    text = str(content).replace("|", "\\|")
+    return text if text.startswith("`") else text.replace("<", "\\<")
 
 
 def records_table(kind) -> str:
