@@ -6,7 +6,7 @@ import torch
 from material import trained
 
 from lab.evaluation import metrics
-from lab.retraining import head
+from lab.retraining import dfr
 from lab.splits.splits import Split, Splits
 
 COUNTS = {"train": (40, 10, 10, 40), "test": (15, 15, 15, 15), "dfr": (12, 12, 12, 12)}
@@ -32,7 +32,7 @@ def test_vectors_are_trained_on_analysed_and_retrained(fake_run, settings):
     assert last["train_avg_loss"] < 0.5 * first["train_avg_loss"]
     assert {row["analysis"] for row in fake_run.analyses} >= {"gradient_basis", "jacobian_norm"}
     assert all(math.isfinite(value) for name, value in last.items() if "flow" not in name)
-    _, results = head.retrain(net, splits, settings(**keys))
+    _, results = dfr.retrain(net, splits, settings(**keys))
     assert results["after"]["test"]["worst_acc"] >= results["before"]["test"]["worst_acc"]
     assert len(metrics.group_losses(results["after"]["test"])) == 4
     assert splits.samples == {}  # nothing to look at
