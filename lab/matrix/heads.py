@@ -178,12 +178,12 @@ class _Training:
         try:
             state = checkpoints.read(path, STATE)
         except Exception as error:  # there is no end to what damaged bytes raise in torch
-            raise checkpoints.Useless(
+            raise checkpoints.Unusable(
                 f"{path}: not readable ({error}); to start over, remove it"
             ) from None
         checkpoints.check_data(state, self.data, self.folder)
         if len(state["blocks"]) != len(self.blocks):
-            raise checkpoints.Useless(
+            raise checkpoints.Unusable(
                 f"{path}: of another kind of device; go on there, or remove it to start over"
             )
         for mine, kept in (
