@@ -16,7 +16,7 @@ from lab.config import effects
 from lab.config.schema import Config
 from lab.retraining.dfr import SOLVERS, check, retrain, save
 from lab.retraining.report import comparison, comparison_text, text
-from lab.runs import run as tracking
+from lab.runs import folders
 from lab.runs.opening import load_network, run_config
 from lab.system import files
 from lab.system.errors import ConfigError
@@ -71,8 +71,8 @@ def retrain_run(folder: Path, overrides=()) -> Path:
     network, splits = load_network(folder, config)
     check(splits, config.dfr_solver)
     head, results = retrain(network, splits, config)
-    place = tracking.new_folder(folder / "dfr")
-    files.write_text(place / "config_used.yaml", tracking.config_yaml(config))
+    place = folders.new_folder(folder / "dfr")
+    files.write_text(place / "config_used.yaml", folders.config_yaml(config))
     save(place, head, results, splits.group_names)
     log.info("%s", text(results, splits.group_names))
     return place
@@ -92,10 +92,10 @@ def compare_solvers(folder: Path, overrides=()) -> Path:
     for solver in SOLVERS:
         check(splits, solver)
     found = {solver: retrain(network, splits, config) for solver, config in configs.items()}
-    place = tracking.new_folder(folder / "dfr")
+    place = folders.new_folder(folder / "dfr")
     for solver, (head, results) in found.items():
         (place / solver).mkdir()
-        configuration = tracking.config_yaml(configs[solver])
+        configuration = folders.config_yaml(configs[solver])
         files.write_text(place / solver / "config_used.yaml", configuration)
         save(place / solver, head, results, splits.group_names)
     rows = comparison({solver: results for solver, (_, results) in found.items()})

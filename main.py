@@ -25,15 +25,14 @@ log = logging.getLogger("spurious.main")
 def run(config: Config, command: list[str], early_log: MemoryHandler, resume=None) -> None:
     """The pipeline. Raises `UserError` for what the user can fix.
 
-    resume: a `tracking.Resumption` for a run that goes on. Of the processes of
+    resume: a `resuming.Resumption` for a run that goes on. Of the processes of
     torchrun all train, and the first one does the rest.
     """
     # Imported here: `--help` and configuration errors need not wait for torch.
     from lab.system import devices, distributed
 
     device = distributed.own_device(devices.choose_device(config.device))
-    from lab.runs import run as tracking
-    from lab.runs import trackers
+    from lab.runs import resuming, silent, starting, trackers
 
     with distributed.process_group(device):
         splits, network, facts = None, None, {}
@@ -46,12 +45,12 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
             if distributed.rank() > 0:
                 return None
             if resume:
-                return tracking.resume(resume, device, command)
-            return tracking.start(config, device, command, facts)
+                return resuming.resume(resume, device, command)
+            return starting.start(config, device, command, facts)
 
         results = distributed.together(opened)
         folder = distributed.from_first(results and results.folder)
-        with results or tracking.Silent(folder, config) as results:
+        with results or silent.Silent(folder) as results:
             results.keep_log(early_log)
             if results.leads:
                 results.add_tracker(trackers.start_wandb(config, folder, results.id))
@@ -101,14 +100,13 @@ def _load(config: Config, device: str):
 def _learn(config: Config, splits, network, results):
     """Train, then retrain; returns the `Diverged` that ended it, or None."""
     from lab.retraining import dfr
-    from lab.training import checkpoints
-    from lab.training import loop as trainer
+    from lab.training import checkpoints, loop, recording
 
     if config.method.stage:
         splits = imported(config.method.stage)(splits, config, results)
     try:
-        summaries, best = trainer.train(network, splits, config, results)
-    except trainer.Diverged as error:
+        summaries, best = loop.train(network, splits, config, results)
+    except recording.Diverged as error:
         return error
     results.conclude("", summaries)
     if best:
@@ -137,10 +135,11 @@ def main(argv: list[str] | None = None) -> int:
             return
         resume = None
         if arguments.resume:
-            from lab.runs import run as tracking
+            from lab.runs import resuming
+            from lab.runs import run as run_folder
 
             folder = Path(arguments.resume)
-            resume = tracking.load_to_resume(folder, arguments.config, arguments.overrides)
+            resume = resuming.load_to_resume(folder, arguments.config, arguments.overrides)
             config = resume.config
             if resume.phase == "done":
                 tell(f"{folder}: finished already, nothing to do", stream="stdout")
@@ -157,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
                 run(config, ["main.py", *argv], early_log, resume)
             except BaseException as error:
                 if resume:
-                    tracking.add_advice(error, resume.folder)
+                    run_folder.add_advice(error, resume.folder)
                 raise
 
     return exit_code(experiment)

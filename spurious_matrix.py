@@ -65,11 +65,11 @@ def matrix(given: argparse.Namespace, command: list[str], early_log: MemoryHandl
     Raises `UserError` for what the user can fix.
     """
     # Imported here: `--help` and errors in the configuration need not wait for torch.
-    from lab.runs import run as tracking
+    from lab.runs import resuming, starting
 
     resume = None
     if given.resume:
-        resume = tracking.load_to_resume(Path(given.resume), None, given.overrides)
+        resume = resuming.load_to_resume(Path(given.resume), None, given.overrides)
         config = resume.config
         options = settings.read_options(resume.folder) | given.options
     else:
@@ -83,9 +83,9 @@ def matrix(given: argparse.Namespace, command: list[str], early_log: MemoryHandl
 
     device = devices.choose_device(config.device)
     if resume:
-        results = tracking.resume(resume, device, command)
+        results = resuming.resume(resume, device, command)
     else:
-        results = tracking.start(config, device, command, {})
+        results = starting.start(config, device, command, {})
     folder = results.folder
     try:
         with results:
@@ -127,20 +127,20 @@ def collect(given: argparse.Namespace) -> Path:
     user can fix.
     """
     from lab.matrix import collecting, tables
-    from lab.runs import run as tracking
+    from lab.runs import folders
 
     runs = collecting.find_runs(given.collect)
     if not runs:
         raise UserError(f"{', '.join(given.collect)}: no finished run of CelebA with one task")
-    file = given.config or next(iter(runs.values()))[0] / tracking.CONFIG
+    file = given.config or next(iter(runs.values()))[0] / folders.CONFIG
     config = loading.load_config(file, given.overrides)
     settings.check(config)
     names, options = settings.source(config).attribute_names, settings.OPTIONS | given.options
     if problems := settings.wrong_options(options, len(names)):
         raise ConfigError(*problems)
     tallies = collecting.predict(runs, names, config)
-    folder = tracking.new_folder(Path(given.collect[0]) / "spurious_matrix")
-    files.write_text(folder / tracking.CONFIG, tracking.config_yaml(config))
+    folder = folders.new_folder(Path(given.collect[0]) / "spurious_matrix")
+    files.write_text(folder / folders.CONFIG, folders.config_yaml(config))
     tables.write_accuracies(folder, names, *tallies)
     conclude(folder, options, config)
     return folder

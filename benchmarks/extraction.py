@@ -76,7 +76,7 @@ def ours(data_dir: Path, folder: Path, fraction: float) -> dict:
     from lab.networks import building
     from lab.splits.pictures import Pictures
     from lab.splits.splits import Split, Splits
-    from lab.training import loop as trainer
+    from lab.training import schedule, steps
 
     config = _config(folder)
     start = time.perf_counter()
@@ -88,8 +88,8 @@ def ours(data_dir: Path, folder: Path, fraction: float) -> dict:
     seconds = time.perf_counter() - start
     network = building.build(config, extracted.train.inputs.shape[1:])
     first = Split(extracted.train.inputs[:BATCH], signs[:BATCH], signs[:BATCH], [BATCH, 0, 0, 0])
-    trainer.minibatch_epoch(
-        network, trainer.build_optimizer(network, config), first, LOGISTIC, BATCH, 0
+    steps.minibatch_epoch(
+        network, schedule.build_optimizer(network, config), first, LOGISTIC, BATCH, 0
     )
     return {
         "pictures": len(rows),

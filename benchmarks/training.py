@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.common import PIXELS, interleaved, problem, report
-from lab.training import loop as trainer
+from lab.training import schedule, steps
 
 
 def main() -> None:
@@ -20,13 +20,13 @@ def main() -> None:
     arguments = parser.parse_args()
     net, splits, config = problem(arguments.samples)
     loss, split = config.loss.load(), splits.train
-    optimizer = trainer.build_optimizer(net, config)
+    optimizer = schedule.build_optimizer(net, config)
     loader = DataLoader(
         TensorDataset(split.inputs, split.y), batch_size=arguments.batch_size, shuffle=True
     )
 
     def ours():
-        trainer.minibatch_epoch(net, optimizer, split, loss, arguments.batch_size, seed=0)
+        steps.minibatch_epoch(net, optimizer, split, loss, arguments.batch_size, seed=0)
 
     def naive():
         net.train()

@@ -21,6 +21,7 @@ import torch
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from lab.config import loading
+from lab.runs.silent import Silent
 from lab.splits.splits import Split, Splits
 
 # The same examples every time, and nothing written into the tree: even without a database
@@ -221,11 +222,14 @@ def many_groups(counts, num_attributes, seed=0):
     return Split(inputs, y.contiguous(), a.contiguous(), list(counts))
 
 
-class FakeRun:
+class FakeRun(Silent):
     """Records what a run would write."""
 
+    leads = True
+
     def __init__(self, folder):
-        self.folder, self.rows, self.analyses = folder, [], []
+        super().__init__(folder)
+        self.rows, self.analyses = [], []
 
     def history(self, row):
         self.rows.append(row)
@@ -233,25 +237,8 @@ class FakeRun:
     def analysis(self, rows):
         self.analyses += rows
 
-    def timed(self, *_):
-        import contextlib
-
-        return contextlib.nullcontext()
-
-    def sizes(self):
-        return {}
-
-    def sync(self):
-        pass
-
     def holds(self, sizes):
         return True
-
-    def rewind(self, sizes, epoch):
-        pass
-
-    def histograms(self, epoch, values):
-        pass
 
     def values(self, analysis, quantity, split):
         """{(epoch, pair): value} of one quantity."""

@@ -12,7 +12,7 @@ from PIL import Image
 from benchmarks import kill
 from lab.data_sets.sources import cifar10
 from lab.networks import building
-from lab.training import loop as trainer
+from lab.training import loop
 
 NO_ANALYSES = {"analyses": "none"}
 REBALANCING = ("RWY", "RWG", "SUBY", "SUBG", "JTT")  # methods that draw their samples
@@ -62,7 +62,7 @@ def trained(fake_run, settings, splits=None, dtype=torch.float64, **keys):
     splits = make_splits() if splits is None else splits
     net = building.build(config, splits.train.inputs.shape[1:]).to(dtype)
     shutil.rmtree(fake_run.folder / "checkpoints", ignore_errors=True)  # a run from the start
-    trainer.train(net, splits, config, fake_run)
+    loop.train(net, splits, config, fake_run)
     return net
 
 

@@ -9,7 +9,7 @@ from lab.config import document
 from lab.config.records import BUILT_IN
 from lab.config.registry import Method
 from lab.config.schema import fields
-from lab.runs import run as tracking
+from lab.runs import tables
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,7 +56,7 @@ def test_methods_and_files_are_described():
     results = TEXTS[ROOT / "docs" / "results.md"]
     for name in ("training_history.csv", "analysis.csv", "group_counts.csv", "timings.csv"):
         assert f"`{name}`" in results
-    assert f"`{', '.join(tracking.ANALYSIS_COLUMNS)}`" in results
+    assert f"`{', '.join(tables.ANALYSIS_COLUMNS)}`" in results
 
 
 def test_overrides_in_commands_name_keys_that_exist():

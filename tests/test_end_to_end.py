@@ -13,7 +13,7 @@ from PIL import Image
 import dfr as dfr_command
 import main
 from lab.figures import drawing
-from lab.runs import run as tracking
+from lab.runs import status as run_status
 
 TEN = {
     "dataset_name": "Dominoes", "dominoes_classes": "ten", "loss_function": "cross_entropy",
@@ -89,7 +89,7 @@ def test_the_best_epoch_is_kept_and_reported(go):
     assert code == 0
     history = pd.read_csv(folder / "training_history.csv")
     best = int(history["val_minority_acc"].idxmax())
-    summary = tracking.read_status(folder)["summary"]
+    summary = run_status.read_status(folder)["summary"]
     assert summary["best_epoch"] == best
     for name in ("test_minority_acc", "test_majority_acc", "val_avg_loss"):
         assert summary[f"best_{name}"] == pytest.approx(history.loc[best, name])

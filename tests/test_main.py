@@ -18,7 +18,7 @@ import yaml
 
 import main as program
 from lab.config.loading import validate
-from lab.runs.run import ANALYSIS_COLUMNS
+from lab.runs.tables import ANALYSIS_COLUMNS
 
 ROOT = Path(__file__).parent.parent
 SMALL = [

@@ -13,7 +13,7 @@ from lab.config.strict_yaml import show
 from lab.evaluation import metrics, predictions, shortcuts
 from lab.matrix.settings import OWN
 from lab.networks import building
-from lab.runs import run as tracking
+from lab.runs import status as run_status
 from lab.system import devices
 from lab.system.errors import ConfigError, UserError
 from lab.training import checkpoints
@@ -39,10 +39,10 @@ def find_runs(folders: Iterable[str | Path]) -> dict[str, tuple[Path, Config]]:
             hidden = any(part.startswith(".") for part in run.relative_to(folder).parts)
             if hidden or not (run / "model.pt").is_file():
                 continue
-            if tracking.read_status(run)["phase"] != "done":
+            if run_status.read_status(run)["phase"] != "done":
                 log.warning("%s: not finished, left out", run)
                 continue
-            config = loading.load_config(run / tracking.CONFIG)
+            config = loading.load_config(run / CONFIG)
             if not config.data_set.any_task or len(config.groupings) != 1:
                 continue
             label = config.groupings[0].partition(":")[0]

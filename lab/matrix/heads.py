@@ -21,8 +21,7 @@ from lab.networks import building
 from lab.system import files, memory
 from lab.system.command import Stopped, whole_step
 from lab.system.errors import ConfigError
-from lab.training import checkpoints
-from lab.training import loop as trainer
+from lab.training import checkpoints, recording, schedule
 
 log = logging.getLogger(f"spurious.{__name__}")
 
@@ -83,7 +82,7 @@ class _Training:
         self.blocks = [
             Heads(config, features.shape[1], len(part)).to(features.device) for part in self.parts
         ]
-        self.optimizers = [trainer.build_optimizer(heads.mlp, config) for heads in self.blocks]
+        self.optimizers = [schedule.build_optimizer(heads.mlp, config) for heads in self.blocks]
         self.loss = config.loss.load()
         self.epoch = self.step = 0  # the last whole one, and steps done since then
 
@@ -114,7 +113,7 @@ class _Training:
         """The remaining steps of an epoch; mean losses (K,) of the heads over them."""
         config = self.config
         for group in (group for one in self.optimizers for group in one.param_groups):
-            group["lr"] = group["initial_lr"] * trainer.learning_rate_factor(config, epoch)
+            group["lr"] = group["initial_lr"] * schedule.learning_rate_factor(config, epoch)
         generator = torch.Generator().manual_seed(derive_seed(config.seed, "batches", epoch))
         order = torch.randperm(self.orders.shape[1], generator=generator)
         batches = list(enumerate(order.split(config.train_batch_size), 1))[self.step :]
@@ -140,7 +139,7 @@ class _Training:
         for heads, tasks in zip(self.blocks, self.parts):
             for head, task in enumerate(tasks.tolist()):
                 if not all(p[head].isfinite().all() for p in heads.parameters()):
-                    raise trainer.Diverged(
+                    raise recording.Diverged(
                         f"learning_rate: the network for {self.names[task]} is not finite at epoch "
                         f"{self.epoch} with learning rate {self.config.learning_rate:g}; lower it"
                     )
@@ -162,12 +161,12 @@ class _Training:
         try:
             state = checkpoints.read(path, STATE)
         except Exception as error:  # damaged bytes can raise anything in torch
-            raise checkpoints.Useless(
+            raise checkpoints.Unusable(
                 f"{path}: not readable ({error}); remove it to start over"
             ) from None
         checkpoints.check_data(state, self.data, self.folder)
         if len(state["blocks"]) != len(self.blocks):
-            raise checkpoints.Useless(
+            raise checkpoints.Unusable(
                 f"{path}: written on another kind of device; resume there, "
                 "or remove it to start over"
             )

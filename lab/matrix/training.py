@@ -16,7 +16,7 @@ from lab.evaluation import shortcuts
 from lab.matrix import heads
 from lab.matrix.collecting import attributes_of, stacked
 from lab.matrix.settings import grouping, task_config
-from lab.runs import run as tracking
+from lab.runs import resuming
 from lab.splits import groups
 
 log = logging.getLogger(f"spurious.{__name__}")
@@ -34,7 +34,7 @@ def train_runs(
         before = [path.parent for path in place.glob("[!.]*/status.json")]
         resume = None
         if before:
-            resume = tracking.load_to_resume(before[0], None, overrides)
+            resume = resuming.load_to_resume(before[0], None, overrides)
             if resume.phase == "done":
                 continue
             own = resume.config

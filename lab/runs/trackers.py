@@ -11,10 +11,11 @@ from functools import reduce
 from operator import getitem
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from lab.config import schema
 from lab.config.schema import Config
-from lab.runs import run as tracking
+from lab.runs.tables import tagged
 from lab.system import files
 
 log = logging.getLogger(f"spurious.{__name__}")
@@ -23,13 +24,13 @@ WANDB_TIMEOUT = 5  # seconds; wandb's own without a network is over 90
 
 
 class Tracker:
-    """What a run tells its trackers; each overrides what it shows."""
+    """What a run reports to its trackers; each overrides what it shows."""
 
     def samples(self, pictures: dict) -> None:
         """Some training pictures (n, H, W, C) in [0, 1] of each group, by its name."""
 
     def rewind(self, epoch: int) -> None:
-        """Training goes on after this epoch, -1 for from the start: later ones are told again."""
+        """Training continues after this epoch (-1: from the start) and reports later ones again."""
 
     def log(self, epoch: int, values: dict) -> None:
         """Numbers of an epoch, by name: a row of a table, or several rows."""
@@ -83,7 +84,7 @@ class TensorBoard(Tracker):
             name: _number_or_text(reduce(getitem, name.split("."), settings))
             for name, _, _ in schema.fields()
         }
-        self.file: files.Growing | None = None
+        self.file: Any = None
         self.folder.mkdir(exist_ok=True)
         files.remove_temporaries(self.folder)
         self.rewind(math.inf)
@@ -94,7 +95,8 @@ class TensorBoard(Tracker):
         from torch.utils.tensorboard import summary as protos
 
         before = sorted(self.folder.glob("events.out.tfevents.*"))
-        kept, times = {}, {}  # by tag and step, so once even if a kill here left two files
+        kept = {}  # by tag and step, so once even if a kill here left two files
+        times: dict[int, float] = {}
         for event in _events(before):
             for value in event.summary.value:
                 histogram = value.HasField("histo") and event.step <= epoch
@@ -105,7 +107,7 @@ class TensorBoard(Tracker):
 
         buffer = io.BytesIO()
         self.writer = RecordWriter(buffer)
-        self.epoch = 0  # the last one told of
+        self.epoch = 0  # the last one reported
         self._add(Event(file_version="brain.Event:2"))
         _, start, _ = protos.hparams(self.hyperparameters, {})
         self._add(Event(summary=start))
@@ -115,7 +117,7 @@ class TensorBoard(Tracker):
         for row_epoch, values in _recorded(self.run_folder):
             self.log(row_epoch, values, times.get(row_epoch))
 
-        # A new name: TensorBoard would go on reading at its place in the old file.
+        # A new name: TensorBoard would keep its position in the old file.
         path = self.folder / f"events.out.tfevents.{time.time_ns()}"
         files.write(path, buffer.getvalue())
         if self.file:
@@ -128,7 +130,7 @@ class TensorBoard(Tracker):
     def samples(self, pictures: dict) -> None:
         from torch.utils.tensorboard import summary as protos
 
-        if not self.has_samples:  # a resumed run tells of them again
+        if not self.has_samples:  # a resumed run reports them again
             for name, group in pictures.items():
                 self._add_summary(0, protos.image(f"samples/{name}", group, dataformats="NHWC"))
 
@@ -217,7 +219,7 @@ def _recorded(folder: Path):
         yield int(row["epoch"]), {name: float(value) for name, value in row.items()}
     rows = _rows(folder / "analysis.csv")
     numbers = [{"epoch": int(row["epoch"]), "value": float(row["value"])} for row in rows]
-    yield from tracking.tagged([row | n for row, n in zip(rows, numbers)]).items()
+    yield from tagged([row | n for row, n in zip(rows, numbers)]).items()
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
@@ -236,7 +238,7 @@ def _finite(values: dict) -> dict:
 
 
 def _are_png(paths, tracker: str) -> bool:
-    """Whether a tracker can show these plots; says so if not."""
+    """Whether a tracker can show these plots; logs a warning if not."""
     if any(path.suffix != ".png" for path in paths):
         log.warning("%s: shows no SVG; plot_format: png has the plots there, too", tracker)
         return False
@@ -246,8 +248,8 @@ def _are_png(paths, tracker: str) -> bool:
 def start_wandb(config: Config, folder: Path, run_id: str) -> Wandb | None:
     """A wandb run as the configuration asks for, or None with one warning.
 
-    run_id: the same when the run is resumed, so that wandb goes on with it. Never waits longer
-    than a few seconds: without a key it goes offline at once, without a network after
+    run_id: the same when the run is resumed, so that wandb continues it. Never waits longer than
+    a few seconds: without a key it goes offline at once, without a network after
     `WANDB_TIMEOUT`.
     """
     if not config.wandb.enable:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lab.config.seeds import derive_seed
-from lab.runs import run as tracking
+from lab.runs import status as run_status
 from lab.sweeping import figures, plan
 from lab.system import files
 from lab.system.command import tell
@@ -44,7 +44,7 @@ class Sweep:
     keys: the swept ones. settings: {"setting", "name", "overrides"}, in order. runs: one row a job
     (`RUN_COLUMNS`, then the final metrics of finished runs, else NaN). metric: by what settings are
     judged, `worst_acc`, or `minority_acc` as soon as any run has more than four groups (see
-    `trainer.selection_metric`). notes: what else there is to tell of it.
+    `selection.selection_metric`). notes: what else there is to tell of it.
     """
 
     folder: Path
@@ -92,7 +92,7 @@ def read(folder: Path) -> Sweep:
         row = {name: job.get(name) for name in RUN_COLUMNS} | {"state": "waiting"}
         run = plan.run_folder(folder, job)
         if run is not None:
-            status = tracking.read_status(run)
+            status = run_status.read_status(run)
             row |= {"state": status["state"], "folder": str(run.relative_to(folder))}
             if status["state"] == "done":
                 row |= status["summary"]

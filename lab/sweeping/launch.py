@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lab.config import loading, schema, strict_yaml
-from lab.runs import run as tracking
+from lab.runs import folders
 from lab.sweeping import plan
 from lab.system import cores, files, memory
 from lab.system.command import tell, whole_step
@@ -357,7 +357,7 @@ def run_local(folder: Path, manifest: dict, jobs: list[dict], options: dict) -> 
 
 def _logs(folder: Path) -> Path:
     """A new folder for submitit: it goes by process ids, and the old files may have the same."""
-    return tracking.new_folder(folder / "submitit")
+    return folders.new_folder(folder / "submitit")
 
 
 def _add_advice(error: BaseException, folder: Path) -> None:

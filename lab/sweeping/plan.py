@@ -19,7 +19,8 @@ from pathlib import Path
 
 from lab.config import loading, messages, seeds, strict_yaml
 from lab.config.strict_yaml import show
-from lab.runs import run as tracking
+from lab.runs import folders
+from lab.runs import status as run_status
 from lab.system import files
 from lab.system.errors import ConfigError, UserError
 
@@ -412,7 +413,7 @@ def create(plan: Plan, command: list[str], cluster: dict) -> Path:
     """
     manifest = {
         "name": plan.name,
-        "created": tracking.now(),
+        "created": folders.now(),
         "sweep_file": plan.text,
         "command": command,
         "config": str(plan.base),
@@ -437,7 +438,7 @@ def create(plan: Plan, command: list[str], cluster: dict) -> Path:
             (fresh / job["folder"]).mkdir(parents=True)
         files.write(fresh / BASE, plan.base.read_bytes())
         write_manifest(fresh, manifest)
-        return tracking.rename_to_unique(fresh, sweeps / f"{plan.name}_{manifest['created']}")
+        return folders.rename_to_unique(fresh, sweeps / f"{plan.name}_{manifest['created']}")
     except OSError as error:
         raise UserError(f"results_dir: {sweeps} cannot be written, {error.strerror}") from None
     finally:
@@ -497,12 +498,12 @@ def is_done(sweep_folder: Path, job: dict) -> bool:
     """Whether the newest run of a job is done."""
     run = run_folder(sweep_folder, job)
     try:
-        return run is not None and tracking.read_status(run)["state"] == "done"
+        return run is not None and run_status.read_status(run)["state"] == "done"
     except UserError:  # a damaged one, of which the next attempt tells
         return False
 
 
 def selection_metric(names) -> str:
-    """What a run is judged by, see `trainer.selection_metric`; names: of its final metrics."""
+    """What a run is judged by, see `selection.selection_metric`; names: of its final metrics."""
     groups = [name for name in names if re.fullmatch(r"test_group_\d+_acc", name)]
     return "worst_acc" if len(groups) <= 4 else "minority_acc"

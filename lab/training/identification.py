@@ -2,7 +2,7 @@
 
 Liu et al., "Just Train Twice: Improving Group Robustness without Training Group Information", 2021.
 `<run>/identification/` has the tables and checkpoints of that network, `<run>/jtt_error_set.csv`
-the samples, by their place in the training split, `jtt_error_set.json` the hash of that split.
+the samples, by their index in the training split, `jtt_error_set.json` the hash of that split.
 """
 
 import csv
@@ -23,7 +23,9 @@ from lab.networks import building
 from lab.splits.splits import Splits
 from lab.system import distributed, files
 from lab.system.errors import DataError, UserError
-from lab.training import loop as trainer
+from lab.training.loop import train
+from lab.training.recording import Diverged
+from lab.training.run import Run
 
 log = logging.getLogger(f"spurious.{__name__}")
 
@@ -32,13 +34,15 @@ COLUMNS = ["index", "task", "group"]
 MAX_BYTES = 256 * 2**20
 
 
-def identify(splits: Splits, config: Config, run) -> Splits:
+def identify(splits: Splits, config: Config, run: Run) -> Splits:
     """The splits with `repeats` for JTT, λ for samples of the error set and 1 for others.
 
-    The error set is the run's, that of `jtt_error_set`, or found by training a network; goes on
-    where an interrupted run was. Raises `UserError` when the file is not of this training split.
+    The error set is the run's own if it has one already, else that of `jtt_error_set`, else found
+    by training a network, from its last checkpoint on. Raises `UserError` when the file is not of
+    this training split, `Diverged` when training that network diverges.
     """
     path, digest = run.folder / FILE, splits.train.digest()
+    losses: dict[str, float]
     if not path.exists():
         if config.jtt_error_set is None:
             wrong, losses = _train(splits, config, run)
@@ -75,7 +79,7 @@ def joined(wrong: torch.Tensor, join: str, losses: list[float] | None) -> torch.
 
 
 def _losses(path: Path, splits: Splits, config: Config) -> list[float] | None:
-    """Validation losses of the identification network by task, where joining needs them."""
+    """Validation losses of the identification network by task, None where joining needs none."""
     if config.jtt_join != "task" or len(splits.tasks) == 1:
         return None
     try:
@@ -106,18 +110,20 @@ def stage_config(config: Config) -> Config:
     )
 
 
-def _train(splits: Splits, config: Config, run):
-    """(training samples, (N, tasks) bool, that a network trained by ERM gets wrong; its validation
-    losses by task, if there are validation data)."""
+def _train(splits: Splits, config: Config, run: Run) -> tuple[torch.Tensor, dict[str, float]]:
+    """Train a network by ERM; which training samples it gets wrong, (N, tasks) bool.
+
+    With its validation losses by task, {} without validation data.
+    """
     config = stage_config(config)
     network = building.build_for(config, splits).to(splits.train.y.device)
     log.info("JTT, identification: %d epochs of ERM", config.epochs)
     part = run.part("identification")
     try:
         with run.timed("identification"):
-            summaries, _ = trainer.train(network, splits, config, part)
-    except trainer.Diverged as error:
-        raise trainer.Diverged(f"the identification network of JTT: {error}") from None
+            summaries, _ = train(network, splits, config, part)
+    except Diverged as error:
+        raise Diverged(f"the identification network of JTT: {error}") from None
     finally:
         part.close()
     f = predictions.outputs(network, splits.train, config.eval_batch_size)
@@ -140,20 +146,21 @@ def _groups(splits: Splits) -> torch.Tensor:
 
 def error_rates(wrong: torch.Tensor, splits: Splits) -> dict[str, str]:
     """{task: share of each group's training samples that are in the error set}, as text."""
-    told, group = {}, _groups(splits)
+    texts, group = {}, _groups(splits)
     for t, task in enumerate(splits.tasks):
         rates = [
             f"{name} {wrong[group[:, t] == g, t].float().mean().item():.3f}"
             for g, name in enumerate(task.group_names)
             if (group[:, t] == g).any()
         ]
-        more = f" … ({len(rates)} groups)" if len(rates) > 16 else ""
+        omitted = f" … ({len(rates)} groups)" if len(rates) > 16 else ""
         total = wrong[:, t].float().mean().item()
-        told[task.name] = f"{total:.3f} of all; " + "; ".join(rates[:16]) + more
-    return told
+        texts[task.name] = f"{total:.3f} of all; " + "; ".join(rates[:16]) + omitted
+    return texts
 
 
 def _write(path: Path, wrong: torch.Tensor, splits: Splits, about: dict) -> None:
+    """Write an error set, and beside it what it is of."""
     group = _groups(splits)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
@@ -164,12 +171,13 @@ def _write(path: Path, wrong: torch.Tensor, splits: Splits, about: dict) -> None
     files.write_text(path, text.getvalue())
 
 
-def read(path, splits: Splits, digest: str) -> torch.Tensor:
+def read(path: Path, splits: Splits, digest: str) -> torch.Tensor:
     """Which training samples, (N, tasks) bool, an error set holds.
 
-    Raises `UserError` unless it is one, of this training split.
+    digest: of the training split. Raises `UserError` for a file that is not an error set, or is
+    one of another training split.
     """
-    path, names = Path(path), [task.name for task in splits.tasks]
+    names = [task.name for task in splits.tasks]
     wrong, group = torch.zeros(_groups(splits).shape, dtype=torch.bool), _groups(splits)
     try:
         about = path.with_name(ABOUT)

@@ -1,6 +1,5 @@
 """Grad-CAM against plain loops and a network of which one knows where it looks."""
 
-import dataclasses
 import math
 
 import numpy as np
@@ -18,8 +17,7 @@ from lab.figures import drawing, tables
 from lab.figures import pictures as picture_figures
 from lab.networks import building
 from lab.retraining.head import Head
-from lab.runs import explaining
-from lab.runs import run as tracking
+from lab.runs import explaining, resuming
 
 
 def network(settings, num_outputs=1, **keys):
@@ -267,7 +265,7 @@ def test_resumed_training_forgets_the_heat_of_another_network(run_folder, tmp_pa
     (tmp_path / "plots").mkdir()
     for name in (*made, "plots/samples.png"):
         (tmp_path / name).touch()
-    tracking.Run.forget_results(dataclasses.make_dataclass("Run", ["folder"])(tmp_path))
+    resuming.remove_results(tmp_path)
     assert [p.name for p in tmp_path.rglob("*.*")] == ["samples.png"]
 
 

@@ -29,8 +29,9 @@ from lab.matrix import heads as batched_heads
 from lab.matrix import settings, training
 from lab.matrix.collecting import attributes_of
 from lab.networks import building, picture_nets
-from lab.runs import run as tracking
-from lab.training import loop as trainer
+from lab.runs import folders
+from lab.runs import status as run_status
+from lab.training import loop
 
 ROOT = Path(__file__).parents[2]
 NAMES = [
@@ -152,7 +153,7 @@ def test_tables_and_figures_follow(whole):
     ]  # fmt: skip
     for name in figures:
         assert (folder / "plots" / f"{name}.png").stat().st_size > 1000
-    status = tracking.read_status(folder)
+    status = run_status.read_status(folder)
     assert (status["state"], status["phase"]) == ("done", "done")
 
 
@@ -160,7 +161,7 @@ def test_accuracies_are_those_of_a_run_with_this_shortcut(whole):
     """The groups of a task with another attribute are those of the run `task:attribute`."""
     table = pd.read_csv(whole[1] / "group_accuracies.csv")
     (run,) = (whole[1] / "runs" / "Big_Lips").iterdir()
-    used = loading.load_config(run / tracking.CONFIG)
+    used = loading.load_config(run / folders.CONFIG)
     for attribute in ("Chubby", "Male"):
         config = used.model_copy(update={"groupings": [f"Big_Lips:{attribute}"]})
         splits = data_loader.load(config)
@@ -210,8 +211,8 @@ def test_what_cannot_be_collected(whole, tmp_path, capsys):
     shutil.copytree(whole[1] / "runs", folder)
     (run,) = (folder / "Male").iterdir()
     given = ["--collect", str(folder), "--k", "3"]
-    (run / tracking.CONFIG).write_text(
-        (run / tracking.CONFIG).read_text().replace("epochs: 3\n", "epochs: 4\n")
+    (run / folders.CONFIG).write_text(
+        (run / folders.CONFIG).read_text().replace("epochs: 3\n", "epochs: 4\n")
     )
     assert spurious_matrix.main(given) == 2
     assert "Male" in (told := capsys.readouterr().err) and "epochs is 4, elsewhere 3" in told
@@ -317,7 +318,7 @@ def test_batched_heads_are_those_trained_one_by_one(
         network = building.build_for(own, splits)
         before = {key: value.clone() for key, value in network.state_dict().items()}
         shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
-        trainer.train(network, splits, own, fake_run)
+        loop.train(network, splits, own, fake_run)
         for key, value in network.state_dict().items():
             fixed = key == "layers.1.weight" and config.fix_final_layer
             assert torch.equal(value, before[key]) == fixed

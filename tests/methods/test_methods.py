@@ -11,7 +11,7 @@ from lab.config.loading import validate
 from lab.evaluation import metrics, predictions
 from lab.evaluation.losses import LOGISTIC
 from lab.networks import building
-from lab.training import loop as trainer
+from lab.training import loop, schedule, steps
 
 
 def method(name, counts=(10, 5, 3, 12), **keys):
@@ -59,8 +59,8 @@ def test_full_batch_step_against_one_gradient_per_group(batch_size):
     loss = LOGISTIC
     net = building.build(config, (7,)).double()
     twin = building.build(config, (7,)).double()
-    trainer.full_batch_step(
-        net, trainer.build_optimizer(net, config), split, loss, weights, batch_size
+    steps.full_batch_step(
+        net, schedule.build_optimizer(net, config), split, loss, weights, batch_size
     )
     for g, part in enumerate(split.slices):
         (weights[g] * loss.value(twin(split.inputs[part]), split.y[part]).mean()).backward()
@@ -89,7 +89,7 @@ def test_minibatches_see_every_sample_once_in_an_order_of_seed_and_epoch():
         net = Spy()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         loss = LOGISTIC
-        trainer.minibatch_epoch(net, optimizer, splits.train, loss, 8, seed)
+        steps.minibatch_epoch(net, optimizer, splits.train, loss, 8, seed)
         return torch.cat(seen)
 
     first = epoch(1)
@@ -152,15 +152,15 @@ def test_mini_batches_of_everything_are_the_full_batch(fake_run, settings, name)
         )  # fmt: skip
         splits = make_splits()
         net = building.build(config, (7,)).double()
-        optimizer = trainer.build_optimizer(net, config)
+        optimizer = schedule.build_optimizer(net, config)
         loss, made = LOGISTIC, methods.build(config, splits)
         if batches == "full":
             f = predictions.outputs(net, splits.train, 100)
             losses = metrics.group_means(loss.value(f, splits.train.y), splits.train.slices)
             weights = made.step_weights(losses)
-            trainer.full_batch_step(net, optimizer, splits.train, loss, weights, 100)
+            steps.full_batch_step(net, optimizer, splits.train, loss, weights, 100)
         else:
-            trainer.minibatch_epoch(net, optimizer, splits.train, loss, 30, 0, made)
+            steps.minibatch_epoch(net, optimizer, splits.train, loss, 30, 0, made)
         results.append([p.detach().clone() for p in net.parameters()])
     for a, b in zip(*results):
         assert torch.allclose(a, b, atol=1e-12)
@@ -177,11 +177,11 @@ def test_schedule(fake_run, settings, monkeypatch):
 
     monkeypatch.setattr(torch.optim.SGD, "step", spy)
     net = building.build(config, (7,)).double()
-    trainer.train(net, make_splits(), config, fake_run)
+    loop.train(net, make_splits(), config, fake_run)
     expected = [0.2 * (1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
     assert [rate for (rate,) in rates[::3]] == pytest.approx(expected)
     assert rates[0] == {0.2}
-    assert trainer.learning_rate_factor(settings(), 7) == 1
+    assert schedule.learning_rate_factor(settings(), 7) == 1
 
 
 def test_a_single_sample_left_over_joins_the_last_batch_where_there_is_batch_norm():
@@ -198,5 +198,5 @@ def test_a_single_sample_left_over_joins_the_last_batch_where_there_is_batch_nor
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
         loss = LOGISTIC
         sizes.clear()
-        trainer.minibatch_epoch(net, optimizer, splits.train, loss, 29, 0)
+        steps.minibatch_epoch(net, optimizer, splits.train, loss, 29, 0)
         assert sizes == expected

@@ -17,12 +17,12 @@ from lab import methods
 from lab.config.loading import validate
 from lab.config.records import BUILT_IN
 from lab.config.registry import Analysis
+from lab.config.seeds import derive_seed
 from lab.evaluation.losses import LOGISTIC
 from lab.networks import building
 from lab.splits import splits as splits_of
 from lab.system.errors import UserError
-from lab.training import identification
-from lab.training import loop as trainer
+from lab.training import identification, loop, schedule
 
 
 def build(name, splits, **keys):
@@ -126,9 +126,9 @@ def test_a_subset_is_the_same_in_every_epoch_and_full_batches_are_of_it(fake_run
         }
     )  # fmt: skip
     net, twin = (building.build(config, (7,)).double() for _ in range(2))
-    trainer.train(net, splits, config, fake_run)
+    loop.train(net, splits, config, fake_run)
     part = build("SUBG", splits).source
-    optimizer = trainer.build_optimizer(twin, config)
+    optimizer = schedule.build_optimizer(twin, config)
     for _ in range(3):
         optimizer.zero_grad()
         LOGISTIC.value(twin(part.inputs), part.y).mean().backward()
@@ -179,9 +179,9 @@ def test_the_error_set_is_what_erm_gets_wrong(tmp_path, monkeypatch, caplog):
     # The twin: ERM written out, with the identification's own learning rate.
     twin = building.build(config, (7,)).double()
     erm = validate({"hidden_dim": 8, "learning_rate": 0.05, "train_batch_size": 8, "epochs": 2})
-    optimizer = trainer.build_optimizer(twin, erm)
+    optimizer = schedule.build_optimizer(twin, erm)
     for epoch in (1, 2):
-        seed = trainer.derive_seed(0, "batches", epoch)
+        seed = derive_seed(0, "batches", epoch)
         order = torch.randperm(51, generator=torch.Generator().manual_seed(seed))
         for batch in order.split(8):
             optimizer.zero_grad()

@@ -10,12 +10,13 @@ from conftest import make_split, make_splits
 import plotting
 from lab import methods
 from lab.config.loading import validate
+from lab.config.seeds import derive_seed
 from lab.evaluation.losses import LOGISTIC
 from lab.figures import analyses, tables
 from lab.methods import scale
 from lab.networks import building
 from lab.system.errors import DataError
-from lab.training import loop as trainer
+from lab.training import loop, schedule, steps
 
 BATCH = 8
 
@@ -32,7 +33,7 @@ def problem(shape=(3, 12, 12), name="ConvNet", size=4, **keys):
     config = validate(given | keys)
     net = building.build(config, shape).double()
     method = methods.build(config, splits)
-    optimizer = trainer.build_optimizer(net, config, method.prepare(net))
+    optimizer = schedule.build_optimizer(net, config, method.prepare(net))
     method.cosine_sums = method.cosine_sums.double()
     return net, method, optimizer, splits, config
 
@@ -160,7 +161,7 @@ def test_without_train_gradients_it_is_erm_on_the_target_batches(monkeypatch):
     monkeypatch.setitem(scale.MODES, "linear", torch.zeros_like)
     net, method, optimizer, splits, config = problem()
     twin = copy.deepcopy(net)
-    other = trainer.build_optimizer(twin, config)
+    other = schedule.build_optimizer(twin, config)
     loss = LOGISTIC
     same = scale.SCALE(config, splits)._target_batches(3, 0)
     method.start_epoch(3, 0)
@@ -214,18 +215,18 @@ def test_erm_target_is_erm_on_the_target_set(fake_run, settings, batch_size):
     }  # fmt: skip
     config = settings(**keys, debias_method="ERM_target")
     net = building.build(config, (7,)).double()
-    trainer.train(net, splits, config, fake_run)
+    loop.train(net, splits, config, fake_run)
     assert all(math.isnan(row["flow_weight_0"]) for row in fake_run.rows)
     measured = fake_run.values("gap_dynamics_factors", "measured", "train")
     assert all(map(math.isnan, measured.values()))
 
     twin = building.build(config, (7,)).double()
-    optimizer = trainer.build_optimizer(twin, config)
+    optimizer = schedule.build_optimizer(twin, config)
     loss, target = LOGISTIC, splits.target
     for epoch in range(1, 4):
         if batch_size:
-            seed = trainer.derive_seed(config.seed, "batches", epoch)
-            trainer.minibatch_epoch(twin, optimizer, target, loss, batch_size, seed)
+            seed = derive_seed(config.seed, "batches", epoch)
+            steps.minibatch_epoch(twin, optimizer, target, loss, batch_size, seed)
         else:
             optimizer.zero_grad()
             loss.value(twin(target.inputs), target.y).mean().backward()
@@ -242,7 +243,7 @@ def test_mean_cosines_are_rows_of_the_analysis_table(fake_run, settings):
         model_name="ConvNet", latent_size=4, train_batch_size=8, learning_rate=0.01,
     )  # fmt: skip
     net = building.build(config, (3, 8, 8))
-    trainer.train(net, splits, config, fake_run)
+    loop.train(net, splits, config, fake_run)
     rows = [row for row in fake_run.analyses if row["analysis"] == "SCALE"]
     assert {row["epoch"] for row in rows} == {1, 2}
     assert {row["quantity"] for row in rows} == {

@@ -29,8 +29,7 @@ from lab.networks import building
 from lab.splits import groups
 from lab.splits.splits import Split, Splits, Task
 from lab.system.errors import ConfigError, DataError, UserError
-from lab.training import identification
-from lab.training import loop as trainer
+from lab.training import identification, loop, schedule, selection, steps
 
 TWO = ["Blond_Hair:Male", "Smiling:Young"]
 
@@ -101,15 +100,15 @@ def test_a_loss_balanced_weight_that_is_too_large_is_infinite():
 
 def test_the_minority_of_every_task_tells_the_best_epoch(fake_run):
     splits = two_tasks()
-    assert trainer.has_minority(splits)
+    assert selection.has_minority(splits)
     _, second = splits.val.of_task(1, splits.tasks[1])
     assert second.in_minority.any()
     splits.tasks[1] = dataclasses.replace(splits.tasks[1], minority=(False,) * 4)
-    assert not trainer.has_minority(splits)
+    assert not selection.has_minority(splits)
     config = loading.validate({"best_epoch_by": "minority_acc", "hidden_dim": 4})
     network = building.build(config, (5,), 2).double()
     with pytest.raises(DataError, match="best_epoch_by: given minority_acc, but the validation"):
-        trainer.train(network, splits, config, fake_run)
+        loop.train(network, splits, config, fake_run)
 
 
 def test_loss_balanced_weights_carry_no_gradient():
@@ -365,13 +364,13 @@ def test_one_task_among_several_is_the_single_task_bit_for_bit(tmp_path):
     for splits in (single, several):
         net = building.build(config, (7,)).double()
         method = methods.build(config, splits)
-        optimizer = trainer.build_optimizer(net, config)
+        optimizer = schedule.build_optimizer(net, config)
         loss = LOGISTIC
         forward = net.forward
         if splits is several:
             net.forward = lambda x, forward=forward: forward(x)[:, None]
         for epoch in range(2):
-            trainer.minibatch_epoch(net, optimizer, splits.train, loss, 8, epoch, method)
+            steps.minibatch_epoch(net, optimizer, splits.train, loss, 8, epoch, method)
         net.forward = forward
         f = predictions.outputs(net, single.test, 100)
         summary = metrics.summary(f, single.test, loss, single.train.shares)

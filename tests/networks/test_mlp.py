@@ -12,7 +12,7 @@ from lab.evaluation.losses import LOGISTIC
 from lab.networks import building
 from lab.system import devices
 from lab.system.errors import ConfigError
-from lab.training import loop as trainer
+from lab.training import schedule
 
 
 def build(inputs=12, dtype=torch.float64, **keys):
@@ -79,7 +79,7 @@ def test_weight_decay_is_decoupled_and_scales_with_each_layers_rate():
     net, config = build(optimizer="Adam", learning_rate=0.1, dtype=torch.float32)
     assert config.weight_decay == 0.01
     before = [layer.weight.detach().clone() for layer in net.layers]
-    optimizer = trainer.build_optimizer(net, config)
+    optimizer = schedule.build_optimizer(net, config)
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -132,10 +132,10 @@ def feature_changes(width, steps=3, **keys):
                 return [net.hidden(x, 1), net.hidden(x, 2), net(x)]
 
         before = outputs()
-        optimizer = trainer.build_optimizer(net, config)
+        optimizer = schedule.build_optimizer(net, config)
         loss = LOGISTIC
         for _ in range(steps):
-            trainer.full_batch_step(net, optimizer, split, loss, [0.25] * 4, 1000)
+            steps.full_batch_step(net, optimizer, split, loss, [0.25] * 4, 1000)
         changes.append(
             [(now - then).square().mean().sqrt().item() for now, then in zip(outputs(), before)]
         )

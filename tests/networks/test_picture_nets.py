@@ -25,7 +25,7 @@ from lab.networks import weights as weight_files
 from lab.retraining import dfr
 from lab.splits.pixels import IMAGENET_MEAN, IMAGENET_STD
 from lab.system.errors import ConfigError, DataError
-from lab.training import loop as trainer
+from lab.training import loop
 
 ROOT = Path(__file__).parents[2]
 
@@ -253,7 +253,7 @@ def train(fake_run, settings, name, splits, **keys):
     net = building.build(config, splits.train.inputs.shape[1:]).to(splits.train.inputs.dtype)
     fake_run.rows, fake_run.analyses = [], []
     shutil.rmtree(fake_run.folder / "checkpoints", ignore_errors=True)
-    summaries, _ = trainer.train(net, splits, config, fake_run)
+    summaries, _ = loop.train(net, splits, config, fake_run)
     return net, summaries
 
 

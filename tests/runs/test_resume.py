@@ -20,10 +20,12 @@ from material import SMALL, assert_equal, at_call, sent
 from benchmarks import kill
 from lab.figures import drawing
 from lab.retraining import regressions
-from lab.runs import run as tracking
+from lab.runs import resuming
+from lab.runs import run as run_folder
+from lab.runs import status as run_status
 from lab.system import files
 from lab.system.command import Stopped, exit_code, stop_signals, whole_step
-from lab.training import loop as trainer
+from lab.training import recording
 
 ROOT = Path(__file__).parents[2]
 ADAM = ["optimizer=Adam", "learning_rate=1e-3", "train_batch_size=50"]  # 4 steps an epoch
@@ -46,12 +48,12 @@ def finished(go, case, results="whole"):
 
 # Where the run is when the signal comes, and the checkpoint (epoch, step) it leaves.
 MOMENTS = {
-    "evaluation of epoch 0": (trainer._Training, "evaluate", 1, None),
+    "evaluation of epoch 0": (recording.Recorder, "evaluate", 1, None),
     "the first step": (torch.optim.AdamW, "step", 1, (0, 1)),
     "a step of epoch 2": (torch.optim.AdamW, "step", 6, (1, 2)),
     "the last step of epoch 3": (torch.optim.AdamW, "step", 12, (2, 4)),
-    "evaluation of epoch 3": (trainer._Training, "evaluate", 4, (2, 4)),
-    "between the tables of epoch 3": (tracking.Run, "analysis", 9, None),
+    "evaluation of epoch 3": (recording.Recorder, "evaluate", 4, (2, 4)),
+    "between the tables of epoch 3": (run_folder.Run, "analysis", 9, None),
     "a checkpoint": (files, "save", 3, None),
     "DFR": (regressions, "tune", 1, (4, 0)),
     "plots": (drawing, "save", 2, (4, 0)),
@@ -94,7 +96,7 @@ def test_stopped_and_killed_in_full_batch_and_with_caps(go, monkeypatch, case):
         assert code == 128 + signal.SIGUSR1
     folder = go.folder()
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        at_call(patch, trainer._Training, "evaluate", 2, die)
+        at_call(patch, recording.Recorder, "evaluate", 2, die)
         go("--resume", str(folder))
     with open(folder / "analysis.csv", "a") as table:
         table.write("3,train,gap_dyn")  # torn
@@ -168,7 +170,7 @@ def test_a_step_that_is_torn_is_in_no_checkpoint(go, monkeypatch):
 def test_signals_are_repeated(go, monkeypatch):
     """The last words are said whatever signals come after the first."""
     reference = finished(go, "adam")
-    real = tracking.Run._say_how_it_ended
+    real = run_folder.Run._record_end
 
     def stormed(self, error):
         for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGINT", "SIGTERM"):
@@ -177,12 +179,12 @@ def test_signals_are_repeated(go, monkeypatch):
 
     with monkeypatch.context() as patch:
         at_call(patch, torch.optim.AdamW, "step", 6, sent(signal.SIGTERM))
-        patch.setattr(tracking.Run, "_say_how_it_ended", stormed)
+        patch.setattr(run_folder.Run, "_record_end", stormed)
         code, lines = go(*ADAM)
     folder = go.folder()
     assert code == 143
     assert lines[-1] == f"python main.py --resume {folder}"
-    assert tracking.read_status(folder)["state"] == "stopped"
+    assert run_status.read_status(folder)["state"] == "stopped"
     assert go("--resume", str(folder))[0] == 0
     assert_equal(folder, reference)
 
@@ -217,7 +219,7 @@ def test_a_console_that_is_gone_stops_nothing(go, monkeypatch):
         patch.setattr(sys, "stdout", Gone())
         code, _ = go(*ADAM)
     assert code == 0
-    assert tracking.read_status(go.folder())["state"] == "done"
+    assert run_status.read_status(go.folder())["state"] == "done"
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", Gone())
         at_call(patch, torch.optim.AdamW, "step", 6, sent(signal.SIGINT))
@@ -407,7 +409,7 @@ def test_damaged_tables_are_told_with_what_to_do(go, monkeypatch):
     assert f"{table}: no column quantity" in lines
 
 
-@pytest.mark.parametrize("name", ["config_yaml", "_tell_environment"])
+@pytest.mark.parametrize("name", ["config_yaml", "add_resumed"])
 def test_an_extension_that_is_killed_at_once_is_not_finished(go, monkeypatch, name):
     go(*ADAM, "epochs=6", results="long")
     folder = finished(go, "adam")
@@ -416,7 +418,7 @@ def test_an_extension_that_is_killed_at_once_is_not_finished(go, monkeypatch, na
         raise MemoryError("as good as killed")
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        at_call(patch, tracking, name, 1, die)
+        at_call(patch, resuming, name, 1, die)
         go("--resume", str(folder), "epochs=6")
     assert go("--resume", str(folder), "epochs=6")[0] == 0
     assert_equal(folder, go.folder("long"))
@@ -435,16 +437,16 @@ def test_an_extension_that_diverges_leaves_no_results_of_another_network(go):
     code, lines = go("--resume", str(folder), "epochs=500")
     assert code == 2
     assert "training loss is" in lines[-1]
-    assert tracking.read_status(folder)["summary"] == {}
+    assert run_status.read_status(folder)["summary"] == {}
     assert not list(folder.glob("dfr_*")) + list(folder.glob("model.pt"))
 
 
 def test_a_run_that_another_process_has_changed_meanwhile(go, monkeypatch):
     folder, _ = stopped_run(go, monkeypatch)
-    resumption = tracking.load_to_resume(folder, None, [])
+    resumption = resuming.load_to_resume(folder, None, [])
     assert go("--resume", str(folder))[0] == 0
-    with pytest.raises(tracking.UserError, match="another process has just gone on"):
-        tracking.resume(resumption, "cpu", [])
+    with pytest.raises(resuming.UserError, match="another process has just resumed"):
+        resuming.resume(resumption, "cpu", [])
 
 
 @pytest.mark.parametrize("damage", ["pickle", "torch pickle", "garbage", "empty", "other"])
@@ -463,7 +465,7 @@ def test_checkpoints_from_strangers_are_refused(go, monkeypatch, tmp_path, damag
     code, lines = go("--resume", str(folder))
     assert code == 2
     assert not trap.exists()
-    assert any("no checkpoint of use; to start over, remove this folder" in x for x in lines)
+    assert any("no usable checkpoint; to start over, remove this folder" in x for x in lines)
 
 
 def test_tables_shorter_than_the_checkpoint_says(go, monkeypatch):
@@ -558,7 +560,7 @@ def test_a_log_that_cannot_be_written_is_told_once(go, monkeypatch, capsys):
             self.handleError(record)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tracking._LogFile, "emit", full)
+        patch.setattr(run_folder._LogFile, "emit", full)
         code, lines = go(*ADAM)
     assert code == 0
     assert sum("run.log: cannot be written, No space left" in line for line in lines) == 1
@@ -605,7 +607,7 @@ def test_wandb_goes_on_with_the_same_run(go, monkeypatch):
 
 def test_status_of_a_run(go, monkeypatch):
     folder = finished(go, "adam")
-    status = tracking.read_status(folder)
+    status = run_status.read_status(folder)
     assert (status["state"], status["phase"], status["error"]) == ("done", "done", None)
     last = pd.read_csv(folder / "training_history.csv").iloc[-1]
     assert status["summary"]["test_worst_acc"] == pytest.approx(last["test_worst_acc"])
@@ -614,7 +616,7 @@ def test_status_of_a_run(go, monkeypatch):
         "learning_rate=1e6", "loss_function=mse", "activation_function=identity", results="diverged"
     )
     assert code == 2
-    status = tracking.read_status(go.folder("diverged"))
+    status = run_status.read_status(go.folder("diverged"))
     assert status["state"] == "failed"
     assert status["error"] == lines[-1]
 

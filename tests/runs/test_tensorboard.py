@@ -25,7 +25,7 @@ from lab.figures import drawing
 from lab.runs import trackers
 from lab.system import files
 from lab.system.command import Stopped
-from lab.training import loop as trainer
+from lab.training import steps
 
 SMALL = [
     "num_train_samples=200", "num_test_samples=60", "num_val_samples=40", "hidden_dim=8",
@@ -173,8 +173,8 @@ def stop_at(monkeypatch, owner, name, call):
 
 
 @pytest.mark.parametrize("owner, name, call", [
-    (trainer._Training, "train_epoch", 4),  # epoch 3 is recorded, and rewound
-    (trainer._Training, "train_epoch", 2),  # before any checkpoint
+    (steps.Steps, "train_epoch", 4),  # epoch 3 is recorded, and rewound
+    (steps.Steps, "train_epoch", 2),  # before any checkpoint
     (program, "_learn", 1),
     (plotting, "draw", 1),
 ])  # fmt: skip

@@ -11,7 +11,7 @@ from material import assert_equal, at_call, sent, trained
 
 from lab.config.loading import validate
 from lab.system.errors import ConfigError, DataError
-from lab.training import loop as trainer
+from lab.training import recording
 
 NAN = math.nan
 
@@ -32,14 +32,14 @@ NAN = math.nan
 def test_training_ends_when_the_patience_is_over(
     settings, fake_run, monkeypatch, caplog, losses, patience, last
 ):
-    real = trainer._Training.evaluate
+    real = recording.Recorder.evaluate
 
     def scripted(self, measurement):
         summaries = real(self, measurement)
-        summaries["val"]["avg_loss"] = losses[self.epoch + 1]
+        summaries["val"]["avg_loss"] = losses[measurement.epoch]
         return summaries
 
-    monkeypatch.setattr(trainer._Training, "evaluate", scripted)
+    monkeypatch.setattr(recording.Recorder, "evaluate", scripted)
     splits = make_splits()
     splits.val = make_split((3, 2, 1, 3), seed=5)
     keys = {"early_stopping_patience": patience, "num_val_samples": 9, "checkpoint_every": None}

@@ -11,8 +11,7 @@ from material import trained
 from lab.analyses import gram as analysis
 from lab.evaluation import metrics, predictions
 from lab.evaluation.losses import LOGISTIC
-from lab.training import checkpoints
-from lab.training import loop as trainer
+from lab.training import checkpoints, recording
 
 PAIRS = ("G(-1,+1)_vs_G(-1,-1)", "G(+1,-1)_vs_G(+1,+1)")
 
@@ -134,7 +133,7 @@ def test_only_the_jacobian_rows_can_have_samples_of_their_own(fake_run, settings
 
 @pytest.mark.parametrize("keys", [{"train_batch_size": 8}, {"debias_method": "GroupDRO"}])
 def test_divergence_names_epoch_and_rate_and_keeps_the_rows(fake_run, settings, keys):
-    with pytest.raises(trainer.Diverged, match=r"learning_rate: .*epoch [12] .*rate 1e\+06"):
+    with pytest.raises(recording.Diverged, match=r"learning_rate: .*epoch [12] .*rate 1e\+06"):
         trained(
             fake_run,
             settings,

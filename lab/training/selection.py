@@ -1,0 +1,41 @@
+"""Which epoch is the best one, and what early stopping needs."""
+
+from lab.config.schema import Config
+from lab.splits.splits import Splits
+from lab.system.errors import DataError
+
+
+def check(splits: Splits, config: Config) -> None:
+    """Raises `DataError` for settings that need other validation data than the splits have."""
+    if config.early_stopping_patience and splits.val is None:
+        raise DataError(
+            f"early_stopping_patience: given {config.early_stopping_patience}, but there are "
+            "no validation data; raise num_val_samples, or take null"
+        )
+    if config.best_epoch_by == "minority_acc" and splits.val and not has_minority(splits):
+        raise DataError(
+            "best_epoch_by: given minority_acc, but the validation data hold no sample of a "
+            "minority group (of every task, if there are several); raise num_val_samples, or "
+            "take worst_acc or avg_acc"
+        )
+
+
+def selection_metric(splits: Splits, config: Config) -> str:
+    """The validation accuracy that chooses the best epoch.
+
+    `best_epoch_by`, else the worst group's with up to four groups, with more the minority's: the
+    worst of a hundred groups with a handful of samples each means nothing. Without a minority in
+    the validation data few groups are non-empty, one a label, and the worst one chooses again.
+    """
+    if config.best_epoch_by:
+        return config.best_epoch_by
+    few = len(splits.cells) <= 4 or not has_minority(splits)
+    return "worst_acc" if few else "minority_acc"
+
+
+def has_minority(splits: Splits) -> bool:
+    """Whether the validation data have samples that go against the shortcut, of every task."""
+    val, tasks = splits.val, splits.tasks
+    assert val is not None  # an epoch is chosen on validation data only
+    parts = [val.of_task(t, task)[1] for t, task in enumerate(tasks)] if len(tasks) > 1 else [val]
+    return all(bool(part.in_minority.any()) for part in parts)
