@@ -19,6 +19,7 @@ Empty groups have rows of NaN; a quantity is NaN when it gives a weight to one o
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,7 @@ def gram_matrix(model, splits, loss: Loss, kinds, batch_size: int, memory_bytes:
     kinds, sides = sorted(kinds), [side for side in SIDES if side in splits]
     shape = (len(sides), 4, len(kinds))
     rows = math.prod(shape)
+    sums_of: Any
     if isinstance(model, MLP):
         layers = [layer for layer in model.layers if layer.weight.requires_grad]
         passes, sums_of = _passes(layers, rows, memory_bytes), _SliceSums
@@ -96,7 +98,8 @@ def _passes(layers, rows: int, memory_bytes: float):
 
     Yields lists of (layer, slice of output units).
     """
-    chunk, left = [], memory_bytes
+    chunk: list[tuple] = []
+    left = memory_bytes
     for layer in layers:
         units, inputs = layer.weight.shape
         cost = rows * (inputs + (layer.bias is not None)) * layer.weight.element_size()
@@ -117,7 +120,8 @@ def _passes(layers, rows: int, memory_bytes: float):
 
 def _tensor_passes(parameters, rows: int, memory_bytes: float):
     """The same for whole parameter tensors: yields lists of (parameter,)."""
-    chunk, left = [], memory_bytes
+    chunk: list[tuple] = []
+    left = memory_bytes
     for parameter in parameters:
         cost = rows * parameter.numel() * parameter.element_size()
         if cost > left and chunk:

@@ -5,7 +5,7 @@ classes y may be -1 and +1 in the second case, too.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,8 @@ class Loss(NamedTuple):
     """
 
     value: Callable
-    derivative: Callable | None = None
-    at_zero: Callable | None = None
+    derivative: Any = None
+    at_zero: Any = None
 
 
 def class_index(y: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from lab.evaluation import metrics, predictions, shortcuts
 from lab.matrix.settings import OWN
 from lab.networks import building
 from lab.runs import status as run_status
+from lab.runs.folders import CONFIG
 from lab.system import devices
 from lab.system.errors import ConfigError, UserError
 from lab.training import checkpoints

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def explain(folder: Path) -> None:
                 for row in gradcam.rows(net, split, splits, config)
             ]
     files.write_csv(folder / "gradcam.csv", rows)
-    examples = gradcam.examples(networks, splits.test)
+    examples: dict[str, Any] = gradcam.examples(networks, splits.test)
     files.save(folder / "gradcam.npz", lambda file: np.savez(file, **examples))
 
 
