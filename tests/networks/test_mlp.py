@@ -116,7 +116,7 @@ def test_a_device_that_is_not_there_is_a_configuration_error():
 WIDTHS = [64, 256, 1024, 4096]
 
 
-def feature_changes(width, steps=3, **keys):
+def feature_changes(width, number=3, **keys):
     """RMS change per coordinate of h_1, h_2 and f after a few full-batch steps."""
     split = make_split((8, 8, 8, 8), shape=(20,), dtype=torch.float32)
     changes = []
@@ -134,7 +134,7 @@ def feature_changes(width, steps=3, **keys):
         before = outputs()
         optimizer = schedule.build_optimizer(net, config)
         loss = LOGISTIC
-        for _ in range(steps):
+        for _ in range(number):
             steps.full_batch_step(net, optimizer, split, loss, [0.25] * 4, 1000)
         changes.append(
             [(now - then).square().mean().sqrt().item() for now, then in zip(outputs(), before)]
