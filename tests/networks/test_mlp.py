@@ -12,7 +12,7 @@ from lab.evaluation.losses import LOGISTIC
 from lab.networks import building
 from lab.system import devices
 from lab.system.errors import ConfigError
-from lab.training import schedule
+from lab.training import schedule, steps
 
 
 def build(inputs=12, dtype=torch.float64, **keys):
