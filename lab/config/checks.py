@@ -10,7 +10,7 @@ from lab.config.registry import (
     Analysis,
     Backbone,
     Catalogue,
-    DataSet,
+    Chosen,
     Loss,
     Method,
     Network,
@@ -23,7 +23,7 @@ class _Wrong(Exception):
     """A check needs a key whose value is wrong by itself."""
 
 
-class Values:
+class Values(Chosen):
     """Settings as attributes; reading one that is wrong by itself ends the check that reads it."""
 
     def __init__(self, values: dict, catalogue: Catalogue):
@@ -33,22 +33,6 @@ class Values:
         if name not in self._values:
             raise _Wrong
         return self._values[name]
-
-    @property
-    def data_set(self) -> DataSet:
-        return self.catalogue.of(DataSet)[self.dataset_name].with_settings(self)
-
-    @property
-    def network(self) -> Network:
-        return self.catalogue.of(Network)[self.model_name]
-
-    @property
-    def method(self) -> Method:
-        return self.catalogue.of(Method)[self.debias_method]
-
-    @property
-    def loss(self) -> Loss:
-        return self.catalogue.of(Loss)[self.loss_function]
 
 
 def problems(c: Values) -> list[str]:

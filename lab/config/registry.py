@@ -315,3 +315,32 @@ class Catalogue:
         """A catalogue that has these records, too."""
         records = tuple(records)
         return Catalogue((*self.records, *records)) if records else self
+
+
+class Chosen:
+    """The records that settings choose; for a class with the settings as attributes."""
+
+    catalogue: Any
+
+    @property
+    def data_set(self) -> DataSet:
+        """The record of the data set, with its facts at these settings."""
+        return self._record(DataSet).with_settings(self)
+
+    @property
+    def network(self) -> Network:
+        """The record of the network."""
+        return self._record(Network)
+
+    @property
+    def method(self) -> Method:
+        """The record of the training method."""
+        return self._record(Method)
+
+    @property
+    def loss(self) -> Loss:
+        """The record of the loss."""
+        return self._record(Loss)
+
+    def _record(self, kind: type[R]) -> R:
+        return self.catalogue.of(kind)[getattr(self, kind.selected_by)]

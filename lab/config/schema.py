@@ -29,6 +29,7 @@ from lab.config.registry import (
     Analysis,
     Backbone,
     Catalogue,
+    Chosen,
     DataSet,
     Figure,
     Loss,
@@ -60,7 +61,7 @@ class WandbConfig(Section):
     )
 
 
-class Config(Section):
+class Config(Chosen, Section):
     """One experiment. The order of the fields is the order of `config.yaml`."""
 
     experiment_name: Name | None = key(
@@ -275,7 +276,7 @@ class Config(Section):
     tensorboard: bool = key(False, "write the run for TensorBoard, too")
     wandb: WandbConfig = WandbConfig()
 
-    catalogue: ClassVar[Catalogue] = records.BUILT_IN
+    catalogue: ClassVar[Catalogue] = records.BUILT_IN  # type: ignore[misc]
     _ignored: tuple[str, ...] = PrivateAttr(())
     _notes: tuple[str, ...] = PrivateAttr(())
 
@@ -292,26 +293,6 @@ class Config(Section):
     def notes(self) -> tuple[str, ...]:
         """What else the log says of the settings, such as analyses that do not apply."""
         return self._notes
-
-    @property
-    def data_set(self) -> DataSet:
-        """The record of the data set, with its facts at these settings."""
-        return self.catalogue.of(DataSet)[self.dataset_name].with_settings(self)
-
-    @property
-    def network(self) -> Network:
-        """The record of the network."""
-        return self.catalogue.of(Network)[self.model_name]
-
-    @property
-    def method(self) -> Method:
-        """The record of the training method."""
-        return self.catalogue.of(Method)[self.debias_method]
-
-    @property
-    def loss(self) -> Loss:
-        """The record of the loss."""
-        return self.catalogue.of(Loss)[self.loss_function]
 
     @property
     def channels_standardised(self) -> bool:
