@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from lab.sweeping import launch, plan
+from lab.sweeping import launch, manifests, plan, states
 from lab.system.command import Parser, exit_code, tell
 from lab.system.errors import ConfigError
 
@@ -37,11 +37,11 @@ def _dispatch(given, command: list[str]) -> int:
     """Does what the arguments ask for; returns the exit code."""
     if given.status:
         folder = _folder(given.status)
-        if plan.read_manifest(folder)["optuna"]:
-            from lab.sweeping import search
+        if manifests.read_manifest(folder)["optuna"]:
+            from lab.sweeping import journal
 
-            return search.show_status(folder)
-        return launch.show_status(folder)
+            return journal.show_status(folder)
+        return states.show_status(folder)
     if given.collect:
         from lab.sweeping import collect
 
@@ -49,26 +49,26 @@ def _dispatch(given, command: list[str]) -> int:
         return 0
     if given.resume:
         folder = _folder(given.resume)
-        manifest = plan.read_manifest(folder)
+        manifest = manifests.read_manifest(folder)
         cluster = _cluster(given.cluster or manifest["cluster"]["kind"])
         slurm = manifest["cluster"]["slurm"] | given.slurm
     else:
         sweep = plan.read(given.file, given.overrides)
         cluster, slurm = _cluster(given.cluster or "local"), sweep.slurm | given.slurm
         if sweep.optuna:
-            from lab.sweeping import search
+            from lab.sweeping import space
 
             if cluster != "local":
                 raise ConfigError(
                     f"--cluster: given {cluster}, but the section optuna is worked on where it is "
                     "started; allowed: local, and --resume on any number of machines"
                 )
-            search.check(sweep.optuna, sweep.base, sweep.overrides, sweep.seeds)
+            space.check(sweep.optuna, sweep.base, sweep.overrides, sweep.seeds)
         if cluster == "debug":
             _print_commands(sweep)
             return 0
-        folder = plan.create(sweep, command, {"kind": cluster, "slurm": slurm})
-        manifest = plan.read_manifest(folder)
+        folder = manifests.create(sweep, command, {"kind": cluster, "slurm": slurm})
+        manifest = manifests.read_manifest(folder)
     if manifest["optuna"]:
         from lab.sweeping import search
 
@@ -78,7 +78,7 @@ def _dispatch(given, command: list[str]) -> int:
 
 def _cluster(name: str) -> str:
     if name == "slurm" and not shutil.which("sbatch"):
-        raise ConfigError("--cluster: given slurm, but there is no sbatch here")
+        raise ConfigError("--cluster: given slurm, but no sbatch is on the PATH")
     return name
 
 
@@ -87,12 +87,13 @@ def _print_commands(sweep: plan.Plan) -> None:
     folder = Path(sweep.results_dir) / "sweeps" / f"{sweep.name}_<time>"
     manifest = {"base_overrides": sweep.overrides, "plugins": sweep.plugins}
     for job in sweep.jobs():
-        tell(plan.shown(plan.arguments(sweep.base, manifest, job, folder)), stream="stdout")
+        arguments = manifests.arguments(sweep.base, manifest, job, folder)
+        tell(manifests.shown(arguments), stream="stdout")
 
 
 def _folder(text: str) -> Path:
-    """The folder of a sweep. Raises `UserError` if it is none."""
-    plan.read_manifest(text)
+    """The folder of a sweep. Raises `UserError` if it has no manifest."""
+    manifests.read_manifest(text)
     return Path(text)
 
 

@@ -1,4 +1,4 @@
-"""A sweep's runs in, tables and figures out: mean, deviation and interval over seeds.
+"""A sweep's tables and figures from its runs: mean, deviation and interval over seeds.
 
 The best setting is chosen by validation accuracy, never by test accuracy; without a validation
 split none is named.
@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from lab.config.seeds import derive_seed
+from lab.evaluation import selection
 from lab.runs import status as run_status
-from lab.sweeping import figures, plan
+from lab.sweeping import figures, manifests
 from lab.system import files
 from lab.system.command import tell
 from lab.system.errors import UserError
@@ -41,10 +42,10 @@ LATEX = {
 class Sweep:
     """What is known of a sweep.
 
-    keys: the swept ones. settings: {"setting", "name", "overrides"}, in order. runs: one row a job
+    keys: the swept ones. settings: {"setting", "name", "overrides"}, in order. runs: a row per job
     (`RUN_COLUMNS`, then the final metrics of finished runs, else NaN). metric: by what settings are
     judged, `worst_acc`, or `minority_acc` as soon as any run has more than four groups (see
-    `selection.selection_metric`). notes: what else there is to tell of it.
+    `selection.selection_metric`). notes: further lines of the caption.
     """
 
     folder: Path
@@ -82,21 +83,22 @@ def collect(folder: Path) -> None:
 
 def read(folder: Path) -> Sweep:
     """The manifest and the final metrics of every finished run of a sweep."""
-    manifest, notes = plan.read_manifest(folder), []
+    manifest = manifests.read_manifest(folder)
+    notes: list[str] = []
     if manifest["optuna"]:
-        from lab.sweeping import search  # with optuna, slow to import
+        from lab.sweeping import journal  # with optuna, slow to import
 
-        manifest, notes = search.with_trials(folder, manifest)
+        manifest, notes = journal.with_trials(folder, manifest)
     rows, metric = [], "worst_acc"
     for job in manifest["jobs"]:
         row = {name: job.get(name) for name in RUN_COLUMNS} | {"state": "waiting"}
-        run = plan.run_folder(folder, job)
+        run = manifests.run_folder(folder, job)
         if run is not None:
             status = run_status.read_status(run)
             row |= {"state": status["state"], "folder": str(run.relative_to(folder))}
             if status["state"] == "done":
                 row |= status["summary"]
-                own = plan.selection_metric(status["summary"])
+                own = selection.metric_between_runs(status["summary"])
                 metric = own if own != "worst_acc" else metric
         if row["state"] != "done":
             row["state"] = _last_attempt(folder / job["folder"] / "job.json", row["state"])
@@ -108,7 +110,7 @@ def read(folder: Path) -> Sweep:
 
 
 def _last_attempt(path: Path, state: str) -> str:
-    """What the launcher says of an unfinished job, else the given state."""
+    """The state in an unfinished job's `job.json`, else the given state."""
     if not path.exists():
         return state
     try:
@@ -118,7 +120,7 @@ def _last_attempt(path: Path, state: str) -> str:
 
 
 def quantities(sweep: Sweep) -> list[str]:
-    """The accuracies that the tables tell of, as the runs' summaries call them.
+    """The accuracies in the tables, by their names in the runs' summaries.
 
     Those of the test split before and after DFR, always; where any run has them, those of the
     validation split, and of the test split at the best validation epoch. `minority_acc` only where
@@ -128,11 +130,11 @@ def quantities(sweep: Sweep) -> list[str]:
     test = [f"{prefix}test_{name}" for prefix in ("", "dfr_") for name in names]
     validation = [f"val_{sweep.metric}", f"dfr_val_{sweep.metric}"]
     best = [f"best_test_{name}" for name in names]
-    optional = {name: _there(sweep, name) for name in (*validation, *best)}
+    optional = {name: _available(sweep, name) for name in (*validation, *best)}
     return [name for name in (*validation, *test, *best) if optional.get(name, True)]
 
 
-def _there(sweep: Sweep, column: str) -> bool:
+def _available(sweep: Sweep, column: str) -> bool:
     return column in sweep.runs and bool(sweep.runs[column].notna().any())
 
 
@@ -162,7 +164,7 @@ def statistics(values) -> dict[str, float]:
 
 
 def summarise(sweep: Sweep) -> pd.DataFrame:
-    """One row a setting: `setting`, `seeds` (finished runs), `jobs`, `<quantity>_<statistic>`."""
+    """One row per setting: `setting`, `seeds` (finished runs), `jobs`, `<quantity>_<statistic>`."""
     rows = []
     for setting in sweep.settings:
         number = setting["setting"]
@@ -198,7 +200,7 @@ def ranked(sweep: Sweep, summary: pd.DataFrame) -> list[int]:
 
 
 def caption(sweep: Sweep, summary: pd.DataFrame, best: int | None) -> list[str]:
-    """What the tables are, how the best setting was chosen, what is missing; a line each."""
+    """What the tables are, how the best setting was chosen, what is missing; one line each."""
     judged = {"worst_acc": "worst-group", "minority_acc": "minority"}[sweep.metric]
     lines = [
         f"Sweep {sweep.name}: mean ± standard deviation over seeds (n - 1), and the 95% bootstrap "
@@ -244,20 +246,22 @@ def with_keys(sweep: Sweep, table: pd.DataFrame) -> pd.DataFrame:
 
 def _columns(sweep: Sweep) -> list[str]:
     """The quantities of the readable tables, one column each; those after DFR go below these."""
-    told = [name for name in quantities(sweep) if not name.startswith("dfr_")]
-    return [n for n in told if not n.startswith("best_") or n == f"best_test_{sweep.metric}"]
+    names = [name for name in quantities(sweep) if not name.startswith("dfr_")]
+    return [n for n in names if not n.startswith("best_") or n == f"best_test_{sweep.metric}"]
 
 
 def heading(quantity: str) -> list[str]:
     """What a quantity is called: `best_test_worst_acc` is test, worst group, best epoch."""
-    best, split, metric = re.fullmatch(r"(best_|)(test|val)_(\w+)", quantity).groups()
+    best = quantity.startswith("best_")
+    split, _, metric = quantity.removeprefix("best_").partition("_")
     split = {"val": "validation"}.get(split, split)
-    return [split, METRICS[metric], *["best epoch"] * bool(best)]
+    return [split, METRICS[metric], *["best epoch"] * best]
 
 
 def _lines(sweep: Sweep, summary: pd.DataFrame):
     """The readable tables: headings (each a list), (setting, words, (mean ± std, interval)s)."""
-    retrained = any(_there(sweep, name) for name in quantities(sweep) if name.startswith("dfr_"))
+    after = [name for name in quantities(sweep) if name.startswith("dfr_")]
+    retrained = any(_available(sweep, name) for name in after)
     stages = {"": "before", "dfr_": "after"} if retrained else {"": ""}
     overrides = {row["setting"]: row["overrides"] for row in sweep.settings}
     words = [*sweep.keys, "seeds", *["DFR"] * retrained]
@@ -280,7 +284,7 @@ def _cell(row: dict, quantity: str) -> tuple[str, str]:
 
 
 def markdown(sweep: Sweep, summary: pd.DataFrame, best: int | None, notes: list[str]) -> str:
-    """The table for people, the best setting in bold, above it its caption."""
+    """The summary in Markdown: caption, then the table with the best setting in bold."""
     heads, rows = _lines(sweep, summary)
     lines = ["  \n".join(map(_markdown, notes)), ""]
     lines += [_line(_markdown(" ".join(head)) for head in heads), _line(["---"] * len(heads))]
@@ -313,8 +317,8 @@ def latex(sweep: Sweep, summary: pd.DataFrame, best: int | None, notes: list[str
         rf"\begin{{tabular}}{{{'l' * words + 'c' * len(_columns(sweep))}}}",
         r"\hline",
     ]
-    for below in range(max(map(len, heads))):
-        parts = (head[below] if below < len(head) else "" for head in heads)
+    for depth in range(max(map(len, heads))):
+        parts = (head[depth] if depth < len(head) else "" for head in heads)
         lines.append(" & ".join(map(escape, parts)) + r" \\")
     before = None
     for setting, first, cells in rows:
@@ -332,6 +336,6 @@ def latex(sweep: Sweep, summary: pd.DataFrame, best: int | None, notes: list[str
 
 
 def escape(text: str) -> str:
-    """The text for LaTeX; what it has no letter for by its number."""
-    told = (c if c.isascii() or "À" <= c <= "ÿ" else f"[U+{ord(c):04X}]" for c in text)
-    return "".join(LATEX.get(c) or t for c, t in zip(text, told))
+    """The text for LaTeX; characters beyond Latin-1 as `[U+number]`."""
+    printed = (c if c.isascii() or "À" <= c <= "ÿ" else f"[U+{ord(c):04X}]" for c in text)
+    return "".join(LATEX.get(c) or t for c, t in zip(text, printed))

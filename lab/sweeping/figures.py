@@ -1,14 +1,15 @@
 """The figures of a sweep: accuracies over seeds, curves with bands, heat map, gap dynamics.
 
-Settings, not groups, are told apart here: by the colours that never mean a group. Of more settings
-than can be told apart, one panel a value of the first key, or else the best few by validation
-accuracy (without a validation split the first few) are drawn, which the figure says.
+Settings, not groups, are distinguished here, by colours that never mean a group. Of more settings
+than colours can distinguish, one panel per value of the first key, or else the best few by
+validation accuracy (without a validation split the first few) are drawn, which the figure says.
 """
 
 import math
 import textwrap
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -35,7 +36,7 @@ from lab.figures.style import (
     zero_line,
 )
 from lab.figures.tables import analysis_values, read_run
-from lab.sweeping import plan
+from lab.sweeping import grids
 
 LINES = 8  # curves in a panel
 PANELS = 6  # values of the first key, one panel each
@@ -95,7 +96,7 @@ def name(sweep, setting: int, width: int, without: str | None = None) -> str:
 
 def shown(value) -> str:
     """A value of a key as tables and figures show it."""
-    return f"{value:.4g}" if isinstance(value, float) else plan.override_text(value)
+    return f"{value:.4g}" if isinstance(value, float) else grids.override_text(value)
 
 
 def values_of(sweep, key: str) -> dict[int, str]:
@@ -114,7 +115,7 @@ def panels(sweep, ranked, order: str) -> tuple[list[tuple[str, list[int]]], str]
     """([(title, settings of a panel)], what to say when these are not all settings)."""
     if len(ranked) > LINES and len(sweep.keys) > 1:
         value = values_of(sweep, sweep.keys[0])
-        parts = {}
+        parts: dict[str, list[int]] = {}
         for setting in sorted(ranked):
             parts.setdefault(value[setting], []).append(setting)
         if len(parts) <= PANELS and max(map(len, parts.values())) <= LINES:
@@ -148,7 +149,7 @@ def epoch_axis(axes) -> None:
 
 
 def accuracies(sweep, runs: dict, order: str) -> Figure:
-    """Test accuracy of every setting before and after DFR: a dot a seed, mean ± deviation."""
+    """Test accuracy of every setting before and after DFR: a dot per seed, mean ± deviation."""
     settings, note = few(runs, ROWS, order)
     names = [name(sweep, setting, 40) for setting in settings]
     lines = np.array([max(2, text.count("\n") + 1) for text in names])
@@ -163,9 +164,19 @@ def accuracies(sweep, runs: dict, order: str) -> Figure:
         for y, setting in zip(middles + offset, settings, strict=True):
             values = finite(sweep.done(setting)[f"{prefix}test_{sweep.metric}"])
             spread = values.std(ddof=1) if len(values) > 1 else 0
-            look = {"color": colour, "markerfacecolor": fill, "marker": "D", "linestyle": ""}
+            look: dict[str, Any] = {
+                "color": colour,
+                "markerfacecolor": fill,
+                "marker": "D",
+                "linestyle": "",
+            }
             ax.errorbar(values.mean(), y, xerr=spread, capsize=3, label=label, **look)
-            dots = {"color": colour, "alpha": 0.5, "markeredgewidth": 0, "linestyle": "none"}
+            dots: dict[str, Any] = {
+                "color": colour,
+                "alpha": 0.5,
+                "markeredgewidth": 0,
+                "linestyle": "none",
+            }
             ax.plot(values, np.full(len(values), y + 0.35), marker="o", **dots)
     ax.set_yticks(middles, names)
     ax.set(ylim=(lines.sum(), 0), xlim=(-0.03, 1.03), xlabel=f"test {METRICS[sweep.metric]}")
@@ -176,15 +187,15 @@ def accuracies(sweep, runs: dict, order: str) -> Figure:
 
 
 def training_curves(sweep, runs: dict, order: str) -> Figure | None:
-    """Accuracy over the epochs on every split, mean over seeds with bands, a line a setting."""
+    """Accuracy over the epochs on every split, mean over seeds with bands, a line per setting."""
     parts, note = panels(sweep, runs, order)
     tables = {s: [run.history.set_index("epoch") for run in runs[s]] for s in runs}
-    there = {column for each in tables.values() for table in each for column in table}
-    splits = [split for split in SPLIT_TITLES if f"{split}_{sweep.metric}" in there]
+    columns = {column for each in tables.values() for table in each for column in table}
+    splits = [split for split in SPLIT_TITLES if f"{split}_{sweep.metric}" in columns]
     if not splits:
         return None
     figure, axes = new_figure(len(parts), splits)
-    styles = {}  # the same for what differs in the other keys only
+    styles: dict[str, dict] = {}  # the same for what differs in the other keys only
     for row, (title, settings) in zip(axes, parts, strict=True):
         for setting in settings:
             label = name(sweep, setting, 45, sweep.keys[0] if title else None)
@@ -238,7 +249,7 @@ def heat_map(sweep, runs: dict, order: str) -> Figure | None:
 
 
 def gap_dynamics(sweep, runs: dict, order: str) -> Figure | None:
-    """What moves the loss gap, mean over seeds with bands: a row a setting, both splits a pair."""
+    """What moves the loss gap, mean over seeds: a row per setting, two columns per pair."""
     analysis = "gap_dynamics_factors"
     analysed = [s for s in runs if any((r.analysis.analysis == analysis).any() for r in runs[s])]
     if not analysed:
@@ -269,7 +280,7 @@ def gap_dynamics(sweep, runs: dict, order: str) -> Figure | None:
 
 
 def transfer(sweep, runs: dict, order: str) -> Figure | None:
-    """Final training loss over the learning rate: a line a width, a panel a parametrisation.
+    """Final training loss over the learning rate: a line per width, a panel per parametrisation.
 
     Under muP the learning rate that is best at one width stays best at all (Yang et al., 2021).
     """
@@ -300,5 +311,5 @@ def transfer(sweep, runs: dict, order: str) -> Figure | None:
         ax.set(title=method, xlabel="learning rate", xscale="log")
     rescale(axes[0], "final training loss", signed=False)
     legend_below(figure, [f"width {width}" for width in widths])
-    figure.suptitle(f"{sweep.name}: final training loss, a line a width (star: best learning rate)")
+    figure.suptitle(f"{sweep.name}: final training loss per width (star: best learning rate)")
     return figure

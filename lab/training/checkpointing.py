@@ -16,12 +16,12 @@ from torch import nn
 
 from lab.analyses import gram
 from lab.config.schema import Config
+from lab.evaluation.selection import selection_metric
 from lab.methods.erm import ERM
 from lab.splits.splits import Splits
 from lab.system import distributed, files
 from lab.training import checkpoints
 from lab.training.run import Run
-from lab.training.selection import selection_metric
 from lab.training.state import Matrices, State, Summaries
 
 log = logging.getLogger(f"spurious.{__name__}")

@@ -14,9 +14,9 @@ from torch import nn
 
 from lab import methods
 from lab.config.schema import Config
+from lab.evaluation import selection
 from lab.splits.splits import Splits
 from lab.system.command import Stopped, whole_step
-from lab.training import selection
 from lab.training.checkpointing import Checkpointer
 from lab.training.progress import progress_of, text
 from lab.training.recording import Diverged, Recorder

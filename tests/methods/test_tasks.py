@@ -21,7 +21,7 @@ import main
 import plotting
 from lab import methods
 from lab.config import loading
-from lab.evaluation import metrics, predictions, shortcuts
+from lab.evaluation import metrics, predictions, selection, shortcuts
 from lab.evaluation.losses import LOGISTIC
 from lab.figures import tables
 from lab.methods import entropy
@@ -29,7 +29,7 @@ from lab.networks import building
 from lab.splits import groups
 from lab.splits.splits import Split, Splits, Task
 from lab.system.errors import ConfigError, DataError, UserError
-from lab.training import identification, loop, schedule, selection, steps
+from lab.training import identification, loop, schedule, steps
 
 TWO = ["Blond_Hair:Male", "Smiling:Young"]
 

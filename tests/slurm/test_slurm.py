@@ -18,7 +18,11 @@ import pytest
 import yaml
 
 import sweep
-from lab.sweeping import launch, plan
+from lab.sweeping import (
+    manifests,
+    slurm,
+    states,
+)
 
 pytestmark = pytest.mark.slurm
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol")
@@ -178,9 +182,9 @@ def finished(cluster, sweep_file):
     assert sweep.main([str(sweep_file), "--cluster", "slurm"]) == 2  # no such partition
     (folder,) = (sweep_file.parent / "results" / "sweeps").iterdir()
     assert sweep.main(["--resume", str(folder), "--partition", "short"]) == 0
-    manifest = plan.read_manifest(folder)
-    state = lambda job: launch.states(folder, manifest)[job]
-    ids = launch.slurm_ids(folder)
+    manifest = manifests.read_manifest(folder)
+    state = lambda job: states.states(folder, manifest)[job]
+    ids = slurm.submitted_ids(folder)
     array = {name.partition("_")[0] for name in ids.values()}
     assert len(array) == 1 and sorted(ids) == ["0", "1", "2", "3"]  # one array
     assert state(3).state == "waiting"  # the array runs three at once
@@ -195,7 +199,7 @@ def finished(cluster, sweep_file):
     _await(lambda: [state(job).state for job in range(3)] == ["done"] * 3, folder)
     assert sweep.main(["--status", str(folder)]) == 1
     assert sweep.main(["--resume", str(folder), "--partition", "short"]) == 0
-    again = launch.slurm_ids(folder)
+    again = slurm.submitted_ids(folder)
     assert {job for job in ids if again[job] != ids[job]} == {"3"}
     _await(lambda: state(3).state not in ("waiting", "running"), folder)
     _await(lambda: not _output("squeue", "--noheader"), folder)  # the last word is written, too

@@ -81,7 +81,7 @@ def write_sweep(
         "jobs": [],
         "optuna": None,
     }
-    told = []
+    expected = []
     for (number, overrides), seed in product(enumerate(settings), range(seeds)):
         job = len(manifest["jobs"])
         place = f"jobs/{job:04d}"
@@ -97,9 +97,9 @@ def write_sweep(
         level = quality[number] if quality else rng.uniform(0.3, 0.8)
         run = folder / place / "run_2026-01-01_00-00-00"
         summary = write_run(run, rng, level, epochs, val, groups, dfr, analysis)
-        told.append({"setting": number, "seed": seed} | summary)
+        expected.append({"setting": number, "seed": seed} | summary)
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    return told
+    return expected
 
 
 def grid(**keys):
@@ -116,28 +116,28 @@ def no_figures(monkeypatch):
 def swept(tmp_path, no_figures):
     """A sweep of two keys with validation and DFR, without two of its runs, and what it tells."""
     settings = grid(debias_method=["None", "GroupDRO"], train_correlation=[0.6, 0.8])
-    told = write_sweep(tmp_path, settings, quality=[0.3, 0.5, 0.7, 0.6])
+    expected = write_sweep(tmp_path, settings, quality=[0.3, 0.5, 0.7, 0.6])
     jobs = json.loads((tmp_path / "manifest.json").read_text())["jobs"]
     shutil.rmtree(next((tmp_path / jobs[4]["folder"]).iterdir()))  # a seed of setting 1
     shutil.rmtree(next((tmp_path / jobs[5]["folder"]).iterdir()))
     (tmp_path / jobs[4]["folder"] / "job.json").write_text('{"state": "failed", "attempt": 2}')
-    return tmp_path, pd.DataFrame(told).drop(index=[4, 5])
+    return tmp_path, pd.DataFrame(expected).drop(index=[4, 5])
 
 
 def test_numbers_are_those_of_a_direct_computation(swept):
-    folder, told = swept
+    folder, expected = swept
     collect.collect(folder)
     summary = pd.read_csv(folder / "summary.csv", keep_default_na=False, na_values="nan")
     names = [f"{p}test_{m}" for p in ("", "dfr_", "best_") for m in ("avg_acc", "adjusted_acc")]
     names += ["test_worst_acc", "dfr_test_worst_acc", "best_test_worst_acc"]
     names += ["val_worst_acc", "dfr_val_worst_acc"]
-    by = told.groupby("setting")
+    by = expected.groupby("setting")
     for name in names:
         assert summary[f"{name}_mean"].to_numpy() == pytest.approx(by[name].mean().to_numpy())
         std = by[name].std(ddof=1).to_numpy()
         assert summary[f"{name}_std"].to_numpy() == pytest.approx(std, nan_ok=True)
-    told_names = {re.sub("_(mean|std|low|high)$", "", column) for column in summary.columns[6:]}
-    assert told_names == set(names)
+    found = {re.sub("_(mean|std|low|high)$", "", column) for column in summary.columns[6:]}
+    assert found == set(names)
     assert summary.debias_method.tolist() == ["None", "None", "GroupDRO", "GroupDRO"]
     assert summary.train_correlation.tolist() == [0.6, 0.8, 0.6, 0.8]
     assert summary.seeds.tolist() == [3, 1, 3, 3]
@@ -145,7 +145,7 @@ def test_numbers_are_those_of_a_direct_computation(swept):
 
 
 def test_every_job_is_in_the_table_of_runs(swept):
-    folder, told = swept
+    folder, expected = swept
     collect.collect(folder)
     runs = pd.read_csv(folder / "runs.csv", keep_default_na=False, na_values="nan")
     assert runs.job.tolist() == list(range(12))
@@ -153,8 +153,8 @@ def test_every_job_is_in_the_table_of_runs(swept):
     states = ["done"] * 4 + ["failed", "waiting"] + ["done"] * 6
     assert runs.state.tolist() == states
     done = runs[runs.state == "done"]
-    for name in told.columns.drop(["setting", "seed"]):
-        assert done[name].tolist() == told[name].tolist(), name  # exactly
+    for name in expected.columns.drop(["setting", "seed"]):
+        assert done[name].tolist() == expected[name].tolist(), name  # exactly
     assert runs[runs.state != "done"].test_worst_acc.isna().all()
     text = (folder / "summary.md").read_text()
     assert "2 of 12 jobs (4 failed, 5 waiting)" in text
@@ -277,9 +277,9 @@ def test_what_is_no_sweep_or_damaged_is_an_error_for_people(tmp_path):
 
 def test_latex_is_escaped():
     given = r"a_b & 100% $x^2$ {#1} ~ \n < > | ±"
-    told = r"a\_b \& 100\% \$x\textasciicircum{}2\$ \{\#1\} \textasciitilde{} "
-    told += r"\textbackslash{}n \textless{} \textgreater{} \textbar{} $\pm$"
-    assert collect.escape(given) == told
+    expected = r"a\_b \& 100\% \$x\textasciicircum{}2\$ \{\#1\} \textasciitilde{} "
+    expected += r"\textbackslash{}n \textless{} \textgreater{} \textbar{} $\pm$"
+    assert collect.escape(given) == expected
 
 
 def test_latex_rows_have_as_many_cells_as_columns(tmp_path, no_figures):

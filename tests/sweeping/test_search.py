@@ -17,7 +17,16 @@ import pandas as pd
 import pytest
 
 import sweep
-from lab.sweeping import collect, figures, launch, plan, search
+from lab.sweeping import (
+    attempts,
+    collect,
+    figures,
+    journal,
+    manifests,
+    plan,
+    search,
+    space,
+)
 from lab.system.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +95,7 @@ SECTION = {"trials": 4, "search_space": SPACE, "pruner": "NopPruner"}
 def stand_in(tmp_path, monkeypatch):
     path = tmp_path / "stand_in.py"
     path.write_text(STAND_IN)
-    monkeypatch.setattr(launch, "PROGRAM", path)
+    monkeypatch.setattr(attempts, "PROGRAM", path)
     return path
 
 
@@ -97,7 +106,7 @@ def searched(tmp_path, stand_in):
     def make(name="sweep", seeds=(0,), task="quick", overrides=(), **section):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / plan.BASE).write_text("num_val_samples: 100\n")
+        (folder / manifests.BASE).write_text("num_val_samples: 100\n")
         manifest = {
             "name": name,
             "config": "base.yaml",
@@ -108,7 +117,7 @@ def searched(tmp_path, stand_in):
             "jobs": [],
             "optuna": SECTION | section,
         }
-        plan.write_manifest(folder, manifest)
+        manifests.write_manifest(folder, manifest)
         return folder
 
     return make
@@ -121,8 +130,8 @@ def trials_of(folder):
 def start_worker(folder, stand_in):
     code = (
         "import sys; from pathlib import Path; from lab.system.command import exit_code\n"
-        "from lab.sweeping import launch, search\n"
-        f"launch.PROGRAM = Path({str(stand_in)!r})\n"
+        "from lab.sweeping import attempts, search\n"
+        f"attempts.PROGRAM = Path({str(stand_in)!r})\n"
         f"sys.exit(exit_code(lambda: search.work(Path({str(folder)!r}), poll=0.02)))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -155,7 +164,7 @@ def test_a_worker_takes_all_trials_and_tells_them(searched, capfd):
     assert (
         f"Best trial: {best.trial}, validation accuracy {best.value:.4f}" in capfd.readouterr().err
     )
-    assert search.show_status(folder) == 0
+    assert journal.show_status(folder) == 0
     first = trials.iloc[0]
     line = f"0000 done         3 {first.value:.3f}  learning_rate={first.learning_rate:.4g}, hidden"
     assert capfd.readouterr().out.startswith(line)
@@ -186,9 +195,9 @@ def test_a_study_that_goes_on_draws_what_it_would_have_drawn(searched):
     parts = searched("parts", trials=2, sampler_options=options)
     search.work(whole, poll=0.02)
     search.work(parts, poll=0.02)
-    manifest = plan.read_manifest(parts)
+    manifest = manifests.read_manifest(parts)
     manifest["optuna"]["trials"] = 6
-    plan.write_manifest(parts, manifest)
+    manifests.write_manifest(parts, manifest)
     search.work(parts, poll=0.02)
     assert trials_of(parts).equals(trials_of(whole))
     assert trials_of(whole).learning_rate.nunique() == 6
@@ -249,7 +258,7 @@ def test_an_abandoned_trial_is_gone_on_with(searched, stand_in, signum):
         os.kill(int((run / "attempts").read_text()), signal.SIGKILL)
     else:
         assert json.loads((run / "status.json").read_text())["state"] == "stopped"
-    assert search.table(folder).state.tolist() == ["running"]
+    assert journal.table(folder).state.tolist() == ["running"]
     (folder / "jobs" / "go").touch()
     search.work(folder, poll=0.02)
     trials = trials_of(folder)
@@ -264,7 +273,7 @@ def test_an_abandoned_trial_is_gone_on_with(searched, stand_in, signum):
 def test_a_trial_that_has_just_ended_is_not_abandoned(searched):
     folder = searched(trials=1)
     search.work(folder, poll=0.02)
-    study = search._open(folder)
+    study = journal.open_study(folder)
     (trial,) = study.get_trials()
     trial.state = optuna.trial.TrialState.RUNNING  # as it was seen before it ended
     assert not search._abandoned(folder, study, trial)
@@ -301,11 +310,11 @@ def test_a_trial_without_promise_is_pruned_and_its_child_stopped(searched):
 def test_half_a_line_of_a_machine_that_went_down_does_no_harm(searched):
     folder = searched(trials=2)
     search.work(folder, poll=0.02)
-    with open(folder / search.JOURNAL, "ab") as journal:
-        journal.write(b'{"op_code": 4, "wor')
-    manifest = plan.read_manifest(folder)
+    with open(folder / journal.JOURNAL, "ab") as file:
+        file.write(b'{"op_code": 4, "wor')
+    manifest = manifests.read_manifest(folder)
     manifest["optuna"]["trials"] = 3
-    plan.write_manifest(folder, manifest)
+    manifests.write_manifest(folder, manifest)
     search.work(folder, poll=0.02)
     assert trials_of(folder).state.tolist() == ["done"] * 3
 
@@ -313,17 +322,17 @@ def test_half_a_line_of_a_machine_that_went_down_does_no_harm(searched):
 def test_several_workers_are_started_and_the_exit_code_tells_of_failures(
     searched, stand_in, monkeypatch, capfd
 ):
-    code = "import sys; from pathlib import Path; from lab.sweeping import launch, search; "
-    code += f"launch.PROGRAM = Path({str(stand_in)!r}); search.work(Path(sys.argv[1]), poll=0.02)"
+    code = "import sys; from pathlib import Path; from lab.sweeping import attempts, search; "
+    code += f"attempts.PROGRAM = Path({str(stand_in)!r}); search.work(Path(sys.argv[1]), poll=0.02)"
     monkeypatch.setattr(search, "WORKER", [sys.executable, "-c", code])
     folder = searched(trials=3)
-    assert search.run(folder, plan.read_manifest(folder), 2) == 0
+    assert search.run(folder, manifests.read_manifest(folder), 2) == 0
     out = capfd.readouterr().out.splitlines()
     assert out == ["3 trials: 3 done", f"Results: {folder}"]
     folder = searched("failing", task="fail", search_space={"learning_rate": {"choice": [0.9]}})
-    assert search.run(folder, plan.read_manifest(folder), 1) == 1
+    assert search.run(folder, manifests.read_manifest(folder), 1) == 1
     capfd.readouterr()
-    assert search.show_status(folder) == 1
+    assert journal.show_status(folder) == 1
     line = "0000 failed                learning_rate=0.9\n     learning_rate: too large\n"
     assert capfd.readouterr().out.startswith(line)
 
@@ -353,7 +362,7 @@ def problems(tmp_path):
     def of(base="num_val_samples: 100\n", overrides=(), **section):
         (tmp_path / "base.yaml").write_text(base)
         with pytest.raises(ConfigError) as error:
-            search.check(SECTION | section, tmp_path / "base.yaml", list(overrides), [0])
+            space.check(SECTION | section, tmp_path / "base.yaml", list(overrides), [0])
         return list(error.value.problems)
 
     return of
@@ -381,7 +390,7 @@ def test_the_example_in_the_readme_is_a_section(tmp_path, monkeypatch):
     )
     (tmp_path / "example.yaml").write_text(text.split("```")[1].removeprefix("yaml"))
     planned = plan.read(tmp_path / "example.yaml")
-    section = search.check(planned.optuna, planned.base, planned.overrides, planned.seeds)
+    section = space.check(planned.optuna, planned.base, planned.overrides, planned.seeds)
     assert section.trials == 30 and len(section.space) == 4
 
 
@@ -444,7 +453,7 @@ def test_every_sampler_and_pruner_can_be_made_or_says_what_it_lacks(problems, tm
     for name in line.partition("allowed: ")[2].split(", "):
         assert hasattr(module, name)
         try:
-            search.check(SECTION | {kind: name}, tmp_path / "base.yaml", [], [0])
+            space.check(SECTION | {kind: name}, tmp_path / "base.yaml", [], [0])
             made.add(name)
         except ConfigError as error:
             lacking[name] = str(error)

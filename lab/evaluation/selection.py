@@ -1,8 +1,13 @@
-"""Which epoch is the best one, and what early stopping needs."""
+"""Selection rules: which epoch of a run is the best one, and by what runs are compared."""
+
+import re
+from collections.abc import Iterable
 
 from lab.config.schema import Config
 from lab.splits.splits import Splits
 from lab.system.errors import DataError
+
+FEW_GROUPS = 4  # the worst of a hundred groups of a handful of samples each means nothing
 
 
 def check(splits: Splits, config: Config) -> None:
@@ -23,13 +28,13 @@ def check(splits: Splits, config: Config) -> None:
 def selection_metric(splits: Splits, config: Config) -> str:
     """The validation accuracy that chooses the best epoch.
 
-    `best_epoch_by`, else the worst group's with up to four groups, with more the minority's: the
-    worst of a hundred groups with a handful of samples each means nothing. Without a minority in
-    the validation data few groups are non-empty, one a label, and the worst one chooses again.
+    `best_epoch_by`, else the worst group's with up to four groups, with more the minority's.
+    Without a minority in the validation data few groups are non-empty, one per label, and the
+    worst group chooses again.
     """
     if config.best_epoch_by:
         return config.best_epoch_by
-    few = len(splits.cells) <= 4 or not has_minority(splits)
+    few = len(splits.cells) <= FEW_GROUPS or not has_minority(splits)
     return "worst_acc" if few else "minority_acc"
 
 
@@ -39,3 +44,12 @@ def has_minority(splits: Splits) -> bool:
     assert val is not None  # an epoch is chosen on validation data only
     parts = [val.of_task(t, task)[1] for t, task in enumerate(tasks)] if len(tasks) > 1 else [val]
     return all(bool(part.in_minority.any()) for part in parts)
+
+
+def metric_between_runs(columns: Iterable[str]) -> str:
+    """The accuracy by which finished runs are compared, from the names of their final metrics.
+
+    The worst group's with up to four groups, with more the minority's (see `selection_metric`).
+    """
+    groups = [name for name in columns if re.fullmatch(r"test_group_\d+_acc", name)]
+    return "worst_acc" if len(groups) <= FEW_GROUPS else "minority_acc"
