@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 
 from lab.config import effects
-from lab.config.schema import Config
 from lab.retraining.dfr import SOLVERS, check, retrain, save
 from lab.retraining.report import comparison, comparison_text, text
 from lab.runs import folders
-from lab.runs.opening import load_network, run_config
+from lab.runs.opening import OpenedRun, open_run
 from lab.system import files
 from lab.system.errors import ConfigError
 
@@ -64,17 +63,16 @@ def retrain_run(folder: Path, overrides=()) -> Path:
     returns that. Raises `ConfigError` for overrides that are not of DFR, `DataError` when the data
     are not the run's: test or training data must never be what DFR retrains on.
     """
-    config = _run_config(folder, overrides)
-    idle = effects.without_effect(config, _names(overrides))
+    run = _open(folder, overrides)
+    idle = effects.without_effect(run.config, _names(overrides))
     if idle:
         log.info("Given, but without effect here: %s", "; ".join(idle))
-    network, splits = load_network(folder, config)
-    check(splits, config.dfr_solver)
-    head, results = retrain(network, splits, config)
+    check(run.splits, run.config.dfr_solver)
+    head, results = retrain(run.network(), run.splits, run.config)
     place = folders.new_folder(folder / "dfr")
-    files.write_text(place / "config_used.yaml", folders.config_yaml(config))
-    save(place, head, results, splits.group_names)
-    log.info("%s", text(results, splits.group_names))
+    files.write_text(place / "config_used.yaml", folders.config_yaml(run.config))
+    save(place, head, results, run.splits.group_names)
+    log.info("%s", text(results, run.splits.group_names))
     return place
 
 
@@ -86,9 +84,10 @@ def compare_solvers(folder: Path, overrides=()) -> Path:
     if "dfr_solver" in _names(overrides):
         raise ConfigError(f"dfr_solver: given with --compare, which takes {', '.join(SOLVERS)}")
     configs = {
-        solver: _run_config(folder, [*overrides, f"dfr_solver={solver}"]) for solver in SOLVERS
+        solver: _open(folder, [*overrides, f"dfr_solver={solver}"]).config for solver in SOLVERS
     }
-    network, splits = load_network(folder, configs[SOLVERS[0]])
+    run = OpenedRun(folder, configs[SOLVERS[0]])
+    network, splits = run.network(), run.splits
     for solver in SOLVERS:
         check(splits, solver)
     found = {solver: retrain(network, splits, config) for solver, config in configs.items()}
@@ -105,8 +104,8 @@ def compare_solvers(folder: Path, overrides=()) -> Path:
     return place
 
 
-def _run_config(folder: Path, overrides) -> Config:
-    """A run's configuration with other settings of DFR. Raises `ConfigError` for other keys."""
+def _open(folder: Path, overrides) -> OpenedRun:
+    """A run with other settings of DFR. Raises `ConfigError` for other keys."""
     wrong = [
         given
         for given in overrides
@@ -117,7 +116,7 @@ def _run_config(folder: Path, overrides) -> Config:
         raise ConfigError(
             *(f"{given}: allowed: keys of DFR, but not {', '.join(SPLITTING)}" for given in wrong)
         )
-    return run_config(folder, [*overrides, "use_dfr=true"])
+    return open_run(folder, [*overrides, "use_dfr=true"])
 
 
 def _names(overrides) -> list[str]:

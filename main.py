@@ -17,7 +17,7 @@ from pathlib import Path
 from lab.config import document, loading, records
 from lab.config.registry import Catalogue, Figure, imported
 from lab.config.schema import Config
-from lab.system.command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, tell
+from lab.system.command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, print_lines
 
 log = logging.getLogger("spurious.main")
 
@@ -25,7 +25,7 @@ log = logging.getLogger("spurious.main")
 def run(config: Config, command: list[str], early_log: MemoryHandler, resume=None) -> None:
     """The pipeline. Raises `UserError` for what the user can fix.
 
-    resume: a `resuming.Resumption` for a run that goes on. Of the processes of
+    resume: a `resuming.Resumption` for a run that continues. Of the processes of
     torchrun all train, and the first one does the rest.
     """
     # Imported here: `--help` and configuration errors need not wait for torch.
@@ -68,11 +68,11 @@ def run(config: Config, command: list[str], early_log: MemoryHandler, resume=Non
                     further = [figure for figure in further if figure.plugin]
                     results.images(plotting.draw(folder, further=further))
             if diverged:
-                tell(f"Results: {folder}", stream="stdout")
+                print_lines(f"Results: {folder}", stream="stdout")
                 raise diverged
             results.enter("done")
     if results.leads:
-        tell(f"Results: {folder}", stream="stdout")
+        print_lines(f"Results: {folder}", stream="stdout")
 
 
 def _load(config: Config, device: str):
@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
             resume = resuming.load_to_resume(folder, arguments.config, arguments.overrides)
             config = resume.config
             if resume.phase == "done":
-                tell(f"{folder}: finished already, nothing to do", stream="stdout")
+                print_lines(f"{folder}: finished already, nothing to do", stream="stdout")
                 return
         else:
             file = arguments.config or DEFAULT_CONFIG_FILE
@@ -179,7 +179,7 @@ def _parser() -> Parser:
     )
     parser.add_argument("-h", "--help", action="store_true", help="show every key and stop")
     parser.add_argument(
-        "--resume", metavar="FOLDER", help="go on with an interrupted run, results/<run>"
+        "--resume", metavar="FOLDER", help="continue an interrupted run, results/<run>"
     )
     parser.add_config_arguments()
     return parser

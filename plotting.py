@@ -34,7 +34,7 @@ from pathlib import Path
 from lab.config import loading, plugins
 from lab.config.registry import Figure
 from lab.figures.drawing import FORMATS, draw
-from lab.system.command import Parser, exit_code, tell
+from lab.system.command import Parser, exit_code, print_lines
 from lab.system.errors import ConfigError, UserError
 
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
                 explain(Path(given.folder))
             paths = draw(given.folder, given.format, _further(given))
-            tell(*map(str, paths), stream="stdout")
+            print_lines(*map(str, paths), stream="stdout")
         except OSError as error:  # such as a file in the place of the folder for plots
             raise UserError(str(error)) from error
 

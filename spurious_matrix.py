@@ -33,7 +33,7 @@ from lab.config import loading
 from lab.config.schema import Config
 from lab.matrix import settings
 from lab.system import files
-from lab.system.command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, tell
+from lab.system.command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, print_lines
 from lab.system.errors import ConfigError, UserError
 
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
                 folder = collect(given)
             else:
                 folder = matrix(given, ["spurious_matrix.py", *argv], early_log)
-        tell(f"Results: {folder}", stream="stdout")
+        print_lines(f"Results: {folder}", stream="stdout")
 
     code = exit_code(command)
     return experiment.main(task) if task else code

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from lab.sweeping import launch, manifests, plan, states
-from lab.system.command import Parser, exit_code, tell
+from lab.system.command import Parser, exit_code, print_lines
 from lab.system.errors import ConfigError
 
 FOLDERS = ("status", "resume", "collect")
@@ -88,7 +88,7 @@ def _print_commands(sweep: plan.Plan) -> None:
     manifest = {"base_overrides": sweep.overrides, "plugins": sweep.plugins}
     for job in sweep.jobs():
         arguments = manifests.arguments(sweep.base, manifest, job, folder)
-        tell(manifests.shown(arguments), stream="stdout")
+        print_lines(manifests.shown(arguments), stream="stdout")
 
 
 def _folder(text: str) -> Path:

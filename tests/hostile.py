@@ -9,7 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import limited
+from helpers import limited
 from hypothesis import strategies as st
 
 from lab.system.errors import DataError

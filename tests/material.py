@@ -6,7 +6,7 @@ import signal
 
 import numpy as np
 import torch
-from conftest import make_splits
+from helpers import make_splits
 from PIL import Image
 
 from benchmarks import kill

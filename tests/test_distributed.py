@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import make_splits
+from helpers import make_splits
 
 import main
 from lab.config.loading import validate

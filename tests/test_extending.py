@@ -87,7 +87,7 @@ def test_a_method_and_a_network_and_resuming_with_a_changed_plugin(go, tmp_path,
 
 def test_the_focal_loss_is_that_of_the_paper(tmp_path, settings):
     import torch
-    from conftest import make_splits
+    from helpers import make_splits
 
     (tmp_path / "focal.py").write_text(EXAMPLES["focal.py"])
     (tmp_path / "c.yaml").write_text("plugins: [focal.py]\ndebias_method: Focal\n")

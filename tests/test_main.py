@@ -182,9 +182,9 @@ def test_settings_end_to_end(run, request, overrides):
 @pytest.mark.usefixtures("few_figures")
 def test_keys_without_effect_are_listed_once(run):
     _, folder, lines = run("dro_eta_q=0.5", "gradient_basis_analysis_epochs=[0, 7]")
-    told = [line for line in lines if "dro_eta_q" in line]
-    assert len(told) == 1
-    assert "gradient_basis_analysis_epochs: 7 (beyond epochs = 2)" in told[0]
+    reported = [line for line in lines if "dro_eta_q" in line]
+    assert len(reported) == 1
+    assert "gradient_basis_analysis_epochs: 7 (beyond epochs = 2)" in reported[0]
     assert "dro_eta_q" in (folder / "run.log").read_text()
 
 

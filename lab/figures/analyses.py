@@ -21,10 +21,11 @@ from lab.figures.style import (
     rescale,
     zero_line,
 )
-from lab.figures.tables import Run, analysis_splits, analysis_values, column
+from lab.figures.tables import analysis_splits, analysis_values, column
+from lab.runs.reading import Tables
 
 
-def gradient_basis(run: Run) -> Figure:
+def gradient_basis(run: Tables) -> Figure:
     """Norms of the four basis gradients and the cosines between them."""
     splits = analysis_splits(run, "gradient_basis")
     names = {"inv": "$v_{inv}$", "Y": "$v_Y$", "A": "$v_A$", "AY": "$v_{AY}$"}
@@ -45,7 +46,7 @@ def gradient_basis(run: Run) -> Figure:
     return finish(run, figure, axes, "Gradient basis", table.index)
 
 
-def gap_dynamics_factors(run: Run) -> Figure:
+def gap_dynamics_factors(run: Tables) -> Figure:
     """Time derivative of the loss gap, split by what causes it."""
     # Open, large and on top: the dots stay visible where they lie on the curve, as theory predicts.
     dots: dict[str, Any] = {"color": GREY, "linestyle": "none", "marker": "o", "markersize": 6}
@@ -61,7 +62,7 @@ def gap_dynamics_factors(run: Run) -> Figure:
     return term_panels(run, "gap_dynamics_factors", terms, "Gap dynamics")
 
 
-def static_dynamic_decomposition(run: Run) -> Figure:
+def static_dynamic_decomposition(run: Tables) -> Figure:
     """Time derivative of the loss gap, split into static and dynamic parts of the gradients."""
     terms = {
         "total": ("total", STYLES[2] | {"linestyle": "-"}),
@@ -73,7 +74,7 @@ def static_dynamic_decomposition(run: Run) -> Figure:
     return term_panels(run, analysis, terms, "Static and dynamic parts")
 
 
-def jacobian_norm(run: Run) -> Figure:
+def jacobian_norm(run: Tables) -> Figure:
     """Mean Jacobians of the groups: squared norms, cosines, attribute against label direction."""
     splits = analysis_splits(run, "jacobian_norm")
     figure, axes = new_figure(4, splits)
@@ -103,7 +104,7 @@ def jacobian_norm(run: Run) -> Figure:
     return finish(run, figure, axes, "Mean Jacobians", table.index)
 
 
-def model_output_expectation(run: Run) -> Figure:
+def model_output_expectation(run: Tables) -> Figure:
     """Mean output per group in a band of one standard deviation."""
     splits = analysis_splits(run, "model_output_expectation")
     figure, axes = new_figure(1, splits)
@@ -125,7 +126,7 @@ def model_output_expectation(run: Run) -> Figure:
     return finish(run, figure, axes, "Model output", table.index)
 
 
-def scale(run: Run) -> Figure:
+def scale(run: Tables) -> Figure:
     """SCALE: how far the train gradient agrees with the target gradient, tensor × epoch."""
     table = analysis_values(run, "SCALE", "train").filter(like="cosine_")
     order = run.analysis.quantity[run.analysis.analysis == "SCALE"].unique()  # from input to output

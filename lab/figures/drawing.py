@@ -10,15 +10,8 @@ from matplotlib.figure import Figure
 from lab.config import records
 from lab.config.registry import Figure as FigureRecord
 from lab.figures.style import RC
-from lab.figures.tables import (
-    PlotError,
-    Run,
-    analysis_splits,
-    history_splits,
-    of_task,
-    read_run,
-    task_names,
-)
+from lab.figures.tables import analysis_splits, history_splits, of_task, task_names
+from lab.runs.reading import Tables, UnreadableRun, read_run
 from lab.system import files
 
 FORMATS = ("png", "svg")
@@ -33,13 +26,13 @@ def draw(
     """Draw every figure that the run has a table for into `<folder>/plots/`; return the paths.
 
     file_format: png or svg, by default the run's `plot_format`; further: figures of plugins, beside
-    the built-in ones. Raises PlotError if the folder is
+    the built-in ones. Raises UnreadableRun if the folder is
     not a run folder or a table is damaged.
     """
     run = read_run(folder)
     file_format = file_format or run.config.get("plot_format", "png")
     if file_format not in FORMATS:
-        raise PlotError(f"plot_format: given {file_format!r}; allowed: {', '.join(FORMATS)}")
+        raise UnreadableRun(f"plot_format: given {file_format!r}; allowed: {', '.join(FORMATS)}")
     plots = run.folder / "plots"
     plots.mkdir(exist_ok=True)
     paths = []
@@ -57,7 +50,7 @@ def draw(
     return paths
 
 
-def parts(run: Run, figures: list[FigureRecord]) -> Iterator[tuple[Run, FigureRecord]]:
+def parts(run: Tables, figures: list[FigureRecord]) -> Iterator[tuple[Tables, FigureRecord]]:
     """What to draw: the figures of the whole run, then, where it has several tasks, of each."""
     tasks = [of_task(run, task) for task in task_names(run)]
     for drawing in figures:
@@ -69,7 +62,7 @@ def parts(run: Run, figures: list[FigureRecord]) -> Iterator[tuple[Run, FigureRe
                 yield task, drawing
 
 
-def has_rows(run: Run, table: str) -> bool:
+def has_rows(run: Tables, table: str) -> bool:
     """Whether the table of a figure's record has rows; True of figures with files of their own."""
     if table == "history":
         return len(run.history) > 0 and len(history_splits(run)) > 0

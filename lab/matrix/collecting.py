@@ -6,18 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from lab import data_sets
 from lab.config import comparing, loading, messages
 from lab.config.schema import Config, layout
 from lab.config.strict_yaml import show
 from lab.evaluation import metrics, predictions, shortcuts
 from lab.matrix.settings import OWN
-from lab.networks import building
+from lab.runs import opening
 from lab.runs import status as run_status
 from lab.runs.folders import CONFIG
-from lab.system import devices
 from lab.system.errors import ConfigError, UserError
-from lab.training import checkpoints
 
 log = logging.getLogger(f"spurious.{__name__}")
 
@@ -71,24 +68,16 @@ def predict(
         ]
     if problems:
         raise UserError(*problems[: messages.PROBLEMS])
-    device = devices.choose_device(base.device)
     tallies = []
     for name in names:
-        run, config = runs[name]
+        folder, config = runs[name]
         place = {key: getattr(base, key) for key in PLACE}
-        config = loading.validate(config.resolved() | place)
-        splits = data_sets.load(config)
-        attributes = attributes_of(splits.val.inputs)
-        if config.use_feature_extractor:
-            from lab.features import extraction  # with torchvision or timm, slow to import
-
-            splits = extraction.Extractor(config, device).extract(splits)
-        network = building.build_for(config, splits)
-        checkpoints.load_network(network, run, "last", splits.fingerprint())
-        val = splits.val.to(device)
-        f = predictions.outputs(network.to(device), val, config.eval_batch_size)
+        opened = opening.OpenedRun(folder, loading.validate(config.resolved() | place))
+        attributes = attributes_of(opened.data.val.inputs)
+        val = opened.splits.val
+        f = predictions.outputs(opened.network("last"), val, base.eval_batch_size)
         right = metrics.correct(f, val.y).cpu().numpy()
-        tallies.append(shortcuts.tallies(right, splits.val.y.numpy(), attributes))
+        tallies.append(shortcuts.tallies(right, val.y.cpu().numpy(), attributes))
         log.info("%s: %.3f of %d right", name, right.mean(), len(right))
     return stacked(tallies)
 

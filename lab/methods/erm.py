@@ -104,6 +104,12 @@ class ERMTarget(ERM):
         return groups.shares(self.source.counts)
 
 
+def even_weights(counts) -> list[float]:
+    """The same weight for every non-empty group, 0 for the others; they add up to 1."""
+    nonempty = sum(count > 0 for count in counts)
+    return [float(count > 0) / nonempty for count in counts]
+
+
 def _size(losses) -> int:
     """Samples of the whole batch, over all ranks."""
     return int(distributed.total(losses.new_tensor([len(losses)])).item())

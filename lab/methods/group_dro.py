@@ -15,16 +15,16 @@ from lab.system import distributed
 class GroupDRO(ERM):
     """w = q, with q_g ← q_g·exp(η·R_g)/Z before every step; q starts uniform.
 
-    Online R_g is the mean over the batch; a group that the batch has not keeps its q but for Z.
+    Online R_g is the mean over the batch; a group absent from the batch keeps its q, up to Z.
 
     The state is log q: in long runs the weight of an easy group falls below what a float holds,
-    and must still be able to come back. An empty group has log q = -inf and stays there.
+    and must still be able to come back. An empty group keeps log q = -inf.
     """
 
     def __init__(self, config, splits):
         super().__init__(config, splits)
-        there = sum(count > 0 for count in self.counts)
-        self.log_q = [-math.log(there) if count else -math.inf for count in self.counts]
+        nonempty = sum(count > 0 for count in self.counts)
+        self.log_q = [-math.log(nonempty) if count else -math.inf for count in self.counts]
 
     def _next_log_q(self, group_losses) -> list[float]:
         raised = [

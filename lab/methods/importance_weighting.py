@@ -1,6 +1,6 @@
 """Importance weighting to uniform groups: every non-empty group counts the same."""
 
-from lab.methods.erm import ERM
+from lab.methods.erm import ERM, even_weights
 from lab.system import distributed
 
 
@@ -8,8 +8,7 @@ class IWUniform(ERM):
     """w_g = 1/G, or spread evenly over the non-empty groups."""
 
     def flow_weights(self, group_losses, counts) -> list[float]:
-        there = sum(count > 0 for count in counts)
-        return [float(count > 0) / there for count in counts]
+        return even_weights(counts)
 
     def batch_loss(self, losses, group):
         """Mean of ℓ_i·w_g/π_g, whose expectation over batches is Σ w_g R_g."""

@@ -10,7 +10,7 @@ import torch
 
 from lab.config.seeds import derive_seed
 from lab.methods import entropy
-from lab.methods.erm import ERM
+from lab.methods.erm import ERM, even_weights
 from lab.splits import groups
 
 
@@ -23,8 +23,8 @@ def classes(split) -> torch.Tensor:
 def label_shares(split, tasks) -> torch.Tensor:
     """How likely each class (or pattern of labels) is to be when the classes are equally likely."""
     if split.y.dim() == 1:
-        there = len(split.y.unique())
-        return torch.full((there,), 1 / there, dtype=torch.float64)
+        present = len(split.y.unique())
+        return torch.full((present,), 1 / present, dtype=torch.float64)
     patterns, counts = torch.unique(split.y.cpu(), dim=0, return_counts=True)
     names = [task.name for task in tasks]
     weights = entropy.pattern_weights(patterns.numpy(), counts.numpy(), names)
@@ -39,8 +39,7 @@ class RWG(ERM):
         return split.group
 
     def flow_weights(self, group_losses, counts) -> list[float]:
-        there = sum(count > 0 for count in counts)
-        return [float(count > 0) / there for count in counts]
+        return even_weights(counts)
 
     def shares(self, sizes: torch.Tensor) -> torch.Tensor:
         """How likely each set is to be drawn, from their sizes, (sets,)."""
@@ -77,8 +76,8 @@ class RWY(RWG):
     def flow_weights(self, group_losses, counts) -> list[float]:
         labels = [y for y, _ in self.splits.cells]
         sizes = {label: sum(n for n, y in zip(counts, labels) if y == label) for label in labels}
-        there = sum(size > 0 for size in sizes.values())
-        return [n / (there * sizes[y]) if n else 0.0 for n, y in zip(counts, labels)]
+        present = sum(size > 0 for size in sizes.values())
+        return [n / (present * sizes[y]) if n else 0.0 for n, y in zip(counts, labels)]
 
 
 class SUBG(ERM):

@@ -103,15 +103,15 @@ class SCALE(ERMTarget):
         seed = derive_seed(self.config.seed, "target batches", epoch)
         generator = torch.Generator().manual_seed(seed)
         drawn = self._draws(len(target), size, generator)
-        passage, there = 0, max(1, len(target) // size)
+        chunk, steps = 0, max(1, len(target) // size)
         while True:
             part = target
             if self.config.data_augmentation:
-                purpose = ("target augmentation", epoch, passage)
+                purpose = ("target augmentation", epoch, chunk)
                 part = target.augmented(derive_seed(self.config.seed, *purpose))
-            plan = [(None, next(drawn)) for _ in range(there)]
-            skipped = min(first, there)
-            first, passage = first - skipped, passage + 1
+            plan = [(None, next(drawn)) for _ in range(steps)]
+            skipped = min(first, steps)
+            first, chunk = first - skipped, chunk + 1
             for _, index, x in predictions.batches(part, plan[skipped:]):
                 yield x, target.y[index]
 

@@ -22,7 +22,8 @@ def explain(folder: Path) -> None:
     where the run has it, after. Raises `UserError` for networks without convolutions, and where
     the checkpoint is missing or the data have changed.
     """
-    config = opening.run_config(folder, option="--gradcam")
+    run = opening.open_run(folder, option="--gradcam")
+    config = run.config
     if not config.network.gradcam_layer:
         networks_with = [
             name for name, record in config.catalogue.of(Network).items() if record.gradcam_layer
@@ -31,7 +32,7 @@ def explain(folder: Path) -> None:
             f"--gradcam: the network of {folder} is an {config.model_name}, which has no "
             f"convolutions; allowed: {', '.join(networks_with)}"
         )
-    network, splits = opening.load_network(folder, config)
+    network, splits = run.network(), run.splits
     networks = {"before_dfr": network}
     if config.use_dfr:
         networks["after_dfr"] = _retrained(network, folder, config)

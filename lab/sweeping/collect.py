@@ -18,7 +18,7 @@ from lab.evaluation import selection
 from lab.runs import status as run_status
 from lab.sweeping import figures, manifests
 from lab.system import files
-from lab.system.command import tell
+from lab.system.command import print_lines
 from lab.system.errors import UserError
 
 RESAMPLES = 10_000
@@ -77,8 +77,8 @@ def collect(folder: Path) -> None:
     files.write_text(sweep.folder / "summary.tex", latex(sweep, summary, best, notes))
     order = "first" if best is None else "best by validation"
     figures.draw(sweep, ranked(sweep, summary), order)
-    tell(*notes)
-    tell(f"Tables and plots: {sweep.folder}", stream="stdout")
+    print_lines(*notes)
+    print_lines(f"Tables and plots: {sweep.folder}", stream="stdout")
 
 
 def read(folder: Path) -> Sweep:

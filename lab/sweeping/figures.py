@@ -35,7 +35,8 @@ from lab.figures.style import (
     share_axis,
     zero_line,
 )
-from lab.figures.tables import analysis_values, read_run
+from lab.figures.tables import analysis_values
+from lab.runs.reading import read_run
 from lab.sweeping import grids
 
 LINES = 8  # curves in a panel

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from lab.sweeping import grids
 from lab.sweeping.space import Section
 from lab.system import files
-from lab.system.command import tell
+from lab.system.command import print_lines
 
 JOURNAL = "optuna_journal.log"
 STUDY = "sweep"
@@ -112,7 +112,7 @@ def show_status(folder: Path) -> int:
         epoch = f"{trial.epoch:.0f}" if pd.notna(trial.epoch) else ""
         lines = [f"{trial.trial:04d} {trial.state:7} {epoch:>6} {value:>5}  {names[trial.trial]}"]
         lines += [f"     {trial.error}"] * (trial.state == "failed")
-        tell(*lines, stream="stdout")
+        print_lines(*lines, stream="stdout")
     return int("failed" in set(trials.state))
 
 

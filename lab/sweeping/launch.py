@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from lab.sweeping import attempts, local, manifests, slurm, states
-from lab.system.command import tell
+from lab.system.command import print_lines
 
 
 def run(folder: Path, cluster: str, options: dict) -> int:
@@ -17,19 +17,19 @@ def run(folder: Path, cluster: str, options: dict) -> int:
     todo = [job for job, state in zip(manifest["jobs"], before) if state.state in states.STATES[3:]]
     busy = sum(state.state in states.STATES[:2] for state in before)
     if busy:
-        tell(f"{busy} job(s) are waiting or running already: left alone")
+        print_lines(f"{busy} job(s) are waiting or running already: left alone")
     if not todo:
-        tell(f"{folder}: nothing to do", stream="stdout")
+        print_lines(f"{folder}: nothing to do", stream="stdout")
     elif cluster == "debug":
         for job in todo:
-            tell(shlex.join(attempts.Attempt(folder, job).command()), stream="stdout")
+            print_lines(shlex.join(attempts.Attempt(folder, job).command()), stream="stdout")
         return 0
     else:
         {"local": local.run, "slurm": slurm.run}[cluster](folder, manifest, todo, options)
         if cluster == "slurm":
-            tell(
+            print_lines(
                 f"{len(todo)} job(s) submitted; python sweep.py --status {shlex.quote(str(folder))}"
             )
     after = states.states(folder, manifest)
-    tell(states.counts(after), f"Results: {folder}", stream="stdout")
+    print_lines(states.counts(after), f"Results: {folder}", stream="stdout")
     return states.exit_code(after)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lab.sweeping import attempts, locks, manifests, resources, states
 from lab.system import cores
-from lab.system.command import tell, whole_step
+from lab.system.command import print_lines, whole_step
 
 POLL = 0.25  # seconds between looks at the jobs on this machine; submitit submits 5 a second
 ENDLESS = 60 * 24 * 365  # minutes; jobs on this machine have no limit
@@ -29,7 +29,9 @@ def run(folder: Path, manifest: dict, jobs: list[dict], options: dict) -> None:
     names = {entry["setting"]: entry["name"] for entry in manifest["settings"]}
     free, waiting = deque(range(slots)), deque(jobs)
     running: dict[int, tuple] = {}  # slot -> (job, what submitit knows of it)
-    tell(f"{len(jobs)} job(s), {min(slots, len(jobs))} at once, each with {threads} thread(s)")
+    print_lines(
+        f"{len(jobs)} job(s), {min(slots, len(jobs))} at once, each with {threads} thread(s)"
+    )
     with locks.locked(folder):
         executor = submitit.LocalExecutor(
             manifests.submitit_folder(folder), max_num_timeout=attempts.MANY_TIMEOUTS
@@ -65,7 +67,7 @@ def _report_end(folder: Path, job: dict, names: dict) -> None:
         shown = f"done, worst group {worst:.3f}" if worst is not None else "done"
     else:
         shown = f"{last.get('state', 'failed')}: {last.get('error')}"
-    tell(f"{job['job']:04d} {names[job['setting']]}, seed {job['seed']}: {shown}")
+    print_lines(f"{job['job']:04d} {names[job['setting']]}, seed {job['seed']}: {shown}")
 
 
 def _stop(submitted: list) -> None:
@@ -75,7 +77,7 @@ def _stop(submitted: list) -> None:
     """
     running = [job for job in submitted if not job.done()]
     if running:
-        tell(f"Stopping {len(running)} job(s), which write their checkpoints")
+        print_lines(f"Stopping {len(running)} job(s), which write their checkpoints")
     while running:
         for job in running:
             os.kill(int(job.job_id), signal.SIGTERM)  # the local executor's ids are process ids

@@ -29,7 +29,7 @@ from lab.evaluation import selection
 from lab.sweeping import attempts, journal, manifests, resources
 from lab.sweeping.space import Section, check_manifest
 from lab.system import cores, files
-from lab.system.command import exit_code, tell
+from lab.system.command import exit_code, print_lines
 
 WORKER = [sys.executable, "-m", "lab.sweeping.search"]
 POLL = 1.0  # seconds between looks at what a child has recorded
@@ -64,7 +64,7 @@ def run(folder: Path, manifest: dict, at_once: int | None) -> int:
     trials = journal.table(folder)
     counts = trials.state.value_counts()
     shown = ", ".join(f"{count} {state}" for state, count in counts.items())
-    tell(f"{len(trials)} trials: {shown}", f"Results: {folder}", stream="stdout")
+    print_lines(f"{len(trials)} trials: {shown}", f"Results: {folder}", stream="stdout")
     return int(any(codes) or "failed" in counts)
 
 
@@ -102,7 +102,7 @@ def _claim(folder: Path, study: optuna.Study, section: Section):
                     attributes = {"continues": trial.number, "folder": journal.place(trial)}
                     study.enqueue_trial(trial.params, user_attrs=attributes)
                 study.tell(trial.number, state=TrialState.FAIL)
-                tell(f"Trial {trial.number}: abandoned, another one continues it")
+                print_lines(f"Trial {trial.number}: abandoned, another one continues it")
         trials = study.get_trials(deepcopy=False)
         waiting = any(trial.state is TrialState.WAITING for trial in trials)
         if not waiting and len(trials) - len(journal.replaced(trials)) >= section.trials:
@@ -137,7 +137,7 @@ def _abandoned(folder: Path, study: optuna.Study, trial) -> bool:
 
 def _work(folder: Path, manifest: dict, study, trial, poll: float) -> None:
     """Run a trial and report its result to the study."""
-    tell(f"Trial {trial.number}: {journal.name(trial)}")
+    print_lines(f"Trial {trial.number}: {journal.name(trial)}")
     values = []
     try:
         for number, job in enumerate(journal.seed_jobs(manifest, trial)):
@@ -145,15 +145,15 @@ def _work(folder: Path, manifest: dict, study, trial, poll: float) -> None:
             values.append(_run_job(folder, job, judge, poll))
     except optuna.TrialPruned:
         study.tell(trial, state=TrialState.PRUNED)
-        tell(f"Trial {trial.number}: pruned")
+        print_lines(f"Trial {trial.number}: pruned")
     except attempts.Failed as error:
         trial.set_user_attr("error", str(error))
         study.tell(trial, state=TrialState.FAIL)
-        tell(f"Trial {trial.number}: failed, {error}")
+        print_lines(f"Trial {trial.number}: failed, {error}")
     else:
         value = math.fsum(values) / len(values)
         study.tell(trial, value)
-        tell(f"Trial {trial.number}: validation accuracy {value:.4f}")
+        print_lines(f"Trial {trial.number}: validation accuracy {value:.4f}")
 
 
 def _run_job(folder: Path, job: dict, judge, poll: float) -> float:
@@ -219,11 +219,11 @@ def _report_best(study: optuna.Study) -> None:
     done = [t for t in study.get_trials(deepcopy=False) if t.state is TrialState.COMPLETE]
     if done:
         best = study.best_trial
-        tell(
+        print_lines(
             f"Best trial: {best.number}, validation accuracy {best.value:.4f}: {journal.name(best)}"
         )
     else:
-        tell("Best trial: none, as none was finished")
+        print_lines("Best trial: none, as none was finished")
 
 
 if __name__ == "__main__":

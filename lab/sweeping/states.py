@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lab.config import loading, schema, strict_yaml
 from lab.sweeping import attempts, locks, manifests, slurm
-from lab.system.command import tell
+from lab.system.command import print_lines
 
 REFRESH = 2.0  # seconds between two pictures of the live table
 WIDTH = 80
@@ -104,7 +104,7 @@ def show_status(folder: Path) -> int:
         rows = shutil.get_terminal_size().lines - 1 if live and not over else None
         lines = table(folder, manifest, found, rows)
         clear = "\x1b[H\x1b[2J" if live else ""
-        tell(clear + "\n".join(lines), stream="stdout")
+        print_lines(clear + "\n".join(lines), stream="stdout")
         if over or not live:
             return exit_code(found)
         time.sleep(REFRESH)

@@ -61,12 +61,12 @@ def exit_code(command) -> int:
         try:
             command()
         except UserError as error:
-            tell(*error.problems, *_notes(error))
+            print_lines(*error.problems, *_notes(error))
             return 2
         except Exception as error:
             if isinstance(error, OSError) and error.errno in files.REFUSALS and error.filename:
                 # Permissions, a full or read-only disk: not a fault of the program.
-                tell(f"{error.filename}: {error.strerror}", *_notes(error))
+                print_lines(f"{error.filename}: {error.strerror}", *_notes(error))
                 return 2
             # A signal to the process group also ends worker processes, whose error comes first.
             if _signals.arrived is None:
@@ -78,7 +78,7 @@ def exit_code(command) -> int:
 
 
 def _stopped(signum: int, error) -> int:
-    tell(f"Stopped by {signal.Signals(signum).name}.", *_notes(error))
+    print_lines(f"Stopped by {signal.Signals(signum).name}.", *_notes(error))
     return 128 + signum
 
 
@@ -86,7 +86,7 @@ def _notes(error) -> list[str]:
     return getattr(error, "__notes__", [])
 
 
-def tell(*lines: str, stream: str = "stderr") -> None:
+def print_lines(*lines: str, stream: str = "stderr") -> None:
     """Print lines; once nobody reads them any more (`| head`), continue without printing."""
     try:
         for line in lines:
@@ -127,7 +127,9 @@ class _Signals:
         if self.depth == 0 or again:
             self.throw(torn=self.depth > 0)
         if signum == signal.SIGINT:
-            tell("Stopping after this step; Ctrl-C once more stops at once and loses the step.")
+            print_lines(
+                "Stopping after this step; Ctrl-C once more stops at once and loses the step."
+            )
 
     def throw(self, torn: bool = False) -> NoReturn:
         assert self.arrived is not None
@@ -177,7 +179,7 @@ class _Console(logging.Handler):
         try:
             tqdm.write(self.format(record), file=sys.stderr)
         except OSError:
-            tell(self.format(record))  # replaces the stream
+            print_lines(self.format(record))  # replaces the stream
 
 
 @contextmanager

@@ -7,17 +7,17 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_split, make_splits, many_groups
+from helpers import make_split, make_splits, many_groups
 from torch import nn
 
 import main
 import plotting
 from lab.analyses import gradcam
-from lab.figures import drawing, tables
+from lab.figures import drawing
 from lab.figures import pictures as picture_figures
 from lab.networks import building
 from lab.retraining.head import Head
-from lab.runs import explaining, resuming
+from lab.runs import explaining, reading, resuming
 
 
 def network(settings, num_outputs=1, **keys):
@@ -288,11 +288,15 @@ def test_what_cannot_be_explained(settings, run_folder, tmp_path, capsys):
     (tmp_path / "config_used.yaml").write_text(text)
     assert plotting.main([str(tmp_path), "--gradcam"]) == 2
     assert "dfr_model.npz: not readable" in capsys.readouterr().err
-    for width, C, told in ((8, 3, "another network"), (9, 2, "another network"), (8, 0, "not fit")):
+    for width, C, reported in (
+        (8, 3, "another network"),
+        (9, 2, "another network"),
+        (8, 0, "not fit"),
+    ):
         arrays = {"mean": np.zeros(width), "scale": np.ones(width), "intercept": np.zeros(C or 2)}
         np.savez(tmp_path / "dfr_model.npz", coefficients=np.zeros((C or 3, width)), **arrays)
         assert plotting.main([str(tmp_path), "--gradcam"]) == 2
-        assert told in capsys.readouterr().err
+        assert reported in capsys.readouterr().err
 
 
 def test_many_groups_take_several_pages(tmp_path):
@@ -308,7 +312,7 @@ def test_many_groups_take_several_pages(tmp_path):
     assert np.bincount(arrays["group"]).tolist() == [3, 0, 2, *[3] * 15]
     assert arrays["before_dfr"].max((1, 2)).max() == 1
     names = {g: f"group {g}" for g in range(18)}
-    run = tables.Run(tmp_path, {}, pd.DataFrame(), None, None, names, {})
+    run = reading.Tables(tmp_path, {}, pd.DataFrame(), None, None, names, {})
     pages = picture_figures.gradcam(run)
     assert [len(page.subfigs) for page in pages] == [8, 8, 1]
     titles = [part.get_suptitle() for page in pages for part in page.subfigs]

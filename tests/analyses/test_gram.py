@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import make_split, make_splits
+from helpers import make_split, make_splits
 
 from lab import methods
 from lab.analyses import gram, measuring, quantities
@@ -140,7 +140,7 @@ def test_one_slice_at_a_time_is_in_memory(monkeypatch):
 
     monkeypatch.setattr(gram, "_SliceSums", Counted)
     passes = list(gram._passes(list(net.layers), 16, 1))
-    assert len(passes) == 23 and all(len(passage) == 1 for passage in passes)
+    assert len(passes) == 23 and all(len(chunk) == 1 for chunk in passes)
     gram_of(net, config, vars(make_splits()), memory_bytes=1)
     assert len(most) == 23 and max(most) == 1
 
@@ -216,8 +216,8 @@ def test_passes_over_parameter_tensors_change_nothing():
     parameters = list(net.parameters())
     memory = 16 * 8 * 20_000  # all but the linear layer's 64 · 8 · 8 · 9 weights, which go alone
     passes = list(gram._tensor_passes(parameters, 16, memory))
-    assert [len(passage) for passage in passes] == [4, 1, 3]
-    assert [p for passage in passes for (p,) in passage] == parameters
+    assert [len(chunk) for chunk in passes] == [4, 1, 3]
+    assert [p for chunk in passes for (p,) in chunk] == parameters
     whole = gram_of(net, config, splits)
     assert_close(gram_of(net, config, splits, memory_bytes=memory), whole)
 

@@ -185,7 +185,7 @@ def test_missing_and_unreadable_files(tmp_path):
         load_config("/dev/zero")
 
 
-def test_at_most_50_problems_are_told(tmp_path):
+def test_at_most_50_problems_are_reported(tmp_path):
     found = problems(text="\n".join(f"k{i}: 1" for i in range(4000)), tmp_path=tmp_path)
     assert found[0] == "k0: given 1, but there is no such key"
     assert len(found) == 51 and found[-1] == "… and 3950 more"
@@ -271,7 +271,7 @@ def test_a_combination_is_not_checked_with_a_value_that_is_wrong_itself(tmp_path
     assert only(found).startswith("train_label_marginal: given 7")
 
 
-def test_keys_without_effect_are_told_once_and_never_refused():
+def test_keys_without_effect_are_reported_once_and_never_refused():
     config = validate(
         {
             "debias_method": "IW_uniform",
@@ -327,6 +327,6 @@ def test_help_fits_80_columns_and_names_every_key():
         assert field.description
 
 
-def test_a_number_for_a_text_key_is_told_to_be_quoted(tmp_path):
+def test_a_number_for_a_text_key_is_reported_to_be_quoted(tmp_path):
     line = only(problems({"experiment_name": 5}, tmp_path=tmp_path))
     assert line.endswith("(this is no text for YAML: put it in quotes, '5')")

@@ -13,7 +13,7 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import hypothesis
 import pytest
-from conftest import limited
+from helpers import limited
 from hypothesis import strategies as st
 from pydantic import ValidationError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision
-from conftest import limited
+from helpers import limited
 from hostile import hostile_arrays, npz, refused
 
 import data_loader

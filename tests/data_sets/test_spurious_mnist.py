@@ -20,7 +20,8 @@ from lab.config.keys import Lines, NoShortcut, Square
 from lab.config.loading import load_config, validate
 from lab.data_sets import spurious_mnist
 from lab.data_sets.sources import mnist
-from lab.figures import drawing, pictures, tables
+from lab.figures import drawing, pictures
+from lab.runs import reading
 from lab.system.errors import ConfigError, DataError
 
 NO_ANALYSES = {"analyses": "none"}
@@ -482,7 +483,7 @@ def test_from_the_digits_to_the_figures(go):
     assert {path.stem for path in (folder / "plots").iterdir()} == {*drawing.FIGURES}
     best = torch.load(folder / "checkpoints" / "best.pt", weights_only=True)
     assert best["score"] == history["val_minority_acc"].max()
-    run = tables.read_run(folder)
+    run = reading.read_run(folder)
     texts = [ax.get_ylabel() for ax in pictures.samples(run).axes if ax.get_ylabel()]
     assert texts == [
         f"{label},\nsquare {corner}" for label in (3, 8) for corner in ("left top", "right bottom")

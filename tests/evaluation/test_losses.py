@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import many_groups
+from helpers import many_groups
 
 from lab.evaluation.losses import CROSS_ENTROPY, LOGISTIC, MSE
 

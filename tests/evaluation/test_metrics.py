@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_split, many_groups
+from helpers import make_split, many_groups
 
 from lab.evaluation import metrics
 from lab.evaluation.losses import CROSS_ENTROPY, LOGISTIC, MSE

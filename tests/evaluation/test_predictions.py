@@ -1,7 +1,7 @@
 """Outputs of a network, batch by batch."""
 
 import torch
-from conftest import make_split, many_groups
+from helpers import make_split, many_groups
 
 from lab.evaluation import predictions
 

@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import safetensors.torch
 import torch
-from conftest import limited
+from helpers import limited
 from hostile import cached, damaged, refused
 from hypothesis import strategies as st
 

@@ -12,8 +12,9 @@ from made_up import write_many, write_run
 from matplotlib.image import imread
 
 from lab import figures
-from lab.figures import panels, tables
+from lab.figures import panels
 from lab.figures.drawing import FIGURES, draw
+from lab.runs import reading
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -102,7 +103,7 @@ def test_empty_groups_and_divergence_draw_without_warnings(tmp_path, epochs, eve
     table.loc[last, "value"] = np.where(np.arange(last.sum()) % 2, np.inf, -1e38)
     table.to_csv(folder / "analysis.csv", index=False)
     assert [path.stem for path in draw(folder)] == OF_FOUR_GROUPS
-    run = tables.read_run(folder)
+    run = reading.read_run(folder)
     assert f"diverged at epoch {epochs}" in panels.title(run, "Groups")
 
 

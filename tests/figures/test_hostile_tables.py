@@ -5,7 +5,7 @@ import pytest
 from hostile import hostile_arrays, npz, refused
 
 import plotting
-from lab.figures.tables import PlotError
+from lab.runs.reading import UnreadableRun
 
 
 @pytest.mark.parametrize("name", ["samples.npz", "gradcam.npz"])
@@ -27,7 +27,7 @@ def test_hostile_pictures_of_a_run(tmp_path, intruder, name):
     del hostile["empty"]  # counts as missing
     for what, content in hostile.items():
         path.write_bytes(content)
-        (line,) = refused(lambda: plotting.draw(tmp_path), path, kind=PlotError)
+        (line,) = refused(lambda: plotting.draw(tmp_path), path, kind=UnreadableRun)
         assert ("bytes unpacked" in line) == (what == "a bomb"), what
 
 
@@ -49,5 +49,5 @@ def test_hostile_tables_of_a_run(tmp_path, monkeypatch, table, content):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "samples.npz").write_bytes(npz(pictures=np.zeros((1, 2, 2, 3)), group=np.zeros(1)))
     (tmp_path / table).write_text(content)
-    refused(lambda: plotting.draw(tmp_path), tmp_path / table, kind=PlotError)
+    refused(lambda: plotting.draw(tmp_path), tmp_path / table, kind=UnreadableRun)
     assert not (tmp_path / "intruded").exists()

@@ -215,7 +215,9 @@ def test_what_cannot_be_collected(whole, tmp_path, capsys):
         (run / folders.CONFIG).read_text().replace("epochs: 3\n", "epochs: 4\n")
     )
     assert spurious_matrix.main(given) == 2
-    assert "Male" in (told := capsys.readouterr().err) and "epochs is 4, elsewhere 3" in told
+    assert (
+        "Male" in (reported := capsys.readouterr().err) and "epochs is 4, elsewhere 3" in reported
+    )
     shutil.copytree(run, folder / "again")
     assert spurious_matrix.main(given) == 2
     assert "two finished runs of Male" in capsys.readouterr().err
@@ -392,7 +394,7 @@ def test_storage_orders_are_those_of_the_runs(faces, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, told",
+    "changes, reported",
     [
         ({"debias_method": "GroupDRO"}, "debias_method: given GroupDRO"),
         ({"remove_minority_groups_train": True}, "remove_minority_groups_train: given true"),
@@ -403,16 +405,16 @@ def test_storage_orders_are_those_of_the_runs(faces, tmp_path):
         (FEATURES | {"loss_function": "cross_entropy"}, "loss_function: given 'cross_entropy'"),
     ],
 )
-def test_settings_that_cannot_be_compared(few, tmp_path, capsys, changes, told):
+def test_settings_that_cannot_be_compared(few, tmp_path, capsys, changes, reported):
     file = written(tmp_path / "config.yaml", **keys(few, tmp_path / "results", **changes))
     assert spurious_matrix.main(["--config", file, "--k", "2"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(told) and "allowed" in line
+    assert line.startswith(reported) and "allowed" in line
     assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(
-    "given, told",
+    "given, reported",
     [
         ([], "--k: given 10; allowed: 2 to 3"),
         (["--k", "1"], "--k: given 1; allowed: 2 to the number of attributes"),
@@ -423,10 +425,10 @@ def test_settings_that_cannot_be_compared(few, tmp_path, capsys, changes, told):
         (["--resume", "x"], "--config: given "),
     ],
 )
-def test_wrong_commands(few, tmp_path, capsys, given, told):
+def test_wrong_commands(few, tmp_path, capsys, given, reported):
     file = written(tmp_path / "config.yaml", **keys(few, tmp_path / "results"))
     assert spurious_matrix.main(["--config", file, *given]) == 2
-    assert capsys.readouterr().err.splitlines()[0].startswith(told)
+    assert capsys.readouterr().err.splitlines()[0].startswith(reported)
     assert not (tmp_path / "results").exists()
 
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_splits
+from helpers import make_splits
 
 from lab import methods
 from lab.config.loading import validate

@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from conftest import FakeRun, make_splits, many_groups
+from helpers import FakeRun, make_splits, many_groups
 from material import REBALANCING, at_call, sent
 
 import main

@@ -5,16 +5,17 @@ import math
 
 import pytest
 import torch
-from conftest import make_split, make_splits
+from helpers import make_split, make_splits
 
 import plotting
 from lab import methods
 from lab.config.loading import validate
 from lab.config.seeds import derive_seed
 from lab.evaluation.losses import LOGISTIC
-from lab.figures import analyses, tables
+from lab.figures import analyses
 from lab.methods import scale
 from lab.networks import building
+from lab.runs import reading
 from lab.system.errors import DataError
 from lab.training import loop, schedule, steps
 
@@ -260,7 +261,7 @@ def test_the_figure_shows_every_tensor_in_the_order_of_the_network(tmp_path):
         for epoch in (1, 2, 3) for i, name in enumerate(names)
     ]  # fmt: skip
     (tmp_path / "analysis.csv").write_text("\n".join(rows) + "\n")
-    run = tables.read_run(tmp_path)
+    run = reading.read_run(tmp_path)
     ax = analyses.scale(run).axes[0]
     assert [label.get_text() for label in ax.get_yticklabels()] == [
         "10.weight", "2.weight", "1.weight"

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import FakeRun, in_float64, limited, make_splits
+from helpers import FakeRun, in_float64, limited, make_splits
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -26,6 +26,7 @@ from lab.evaluation.losses import LOGISTIC
 from lab.figures import tables
 from lab.methods import entropy
 from lab.networks import building
+from lab.runs import reading
 from lab.splits import groups
 from lab.splits.splits import Split, Splits, Task
 from lab.system.errors import ConfigError, DataError, UserError
@@ -271,10 +272,10 @@ def test_tasks_in_conflict_are_named(labels, named):
     with pytest.raises(DataError) as error:
         entropy.pattern_weights(patterns, counts, names)
     text = str(error.value)
-    told = [n for n in names if n in text.partition("of ")[2].partition(" equally")[0].split()]
+    reported = [n for n in names if n in text.partition("of ")[2].partition(" equally")[0].split()]
     assert named is None or named in text
     # The named set conflicts, and none of its parts without one task does.
-    columns = [names.index(n) for n in told]
+    columns = [names.index(n) for n in reported]
     assert not entropy._usable(np.unique(patterns[:, columns], axis=0)).any()
     for left_out in columns:
         rest = [c for c in columns if c != left_out]
@@ -376,9 +377,9 @@ def test_one_task_among_several_is_the_single_task_bit_for_bit(tmp_path):
         summary = metrics.summary(f, single.test, loss, single.train.shares)
         if splits is several:
             test, train = several.test, several.train
-            told = metrics.task_summaries(f[:, None], test, several.tasks, loss, train)
-            summary = {name: told[f"label_{name}"] for name in summary}
-            assert told["worst_acc"] == summary["worst_acc"]
+            reported = metrics.task_summaries(f[:, None], test, several.tasks, loss, train)
+            summary = {name: reported[f"label_{name}"] for name in summary}
+            assert reported["worst_acc"] == summary["worst_acc"]
         found.append((summary, [p.detach() for p in net.parameters()]))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(p, q) for p, q in zip(found[0][1], found[1][1]))
@@ -459,7 +460,7 @@ def test_figures_of_every_task(celeba_run, monkeypatch):
     with monkeypatch.context():
         code, folder = celeba_run("run", groupings=TWO, epochs=1, target_resolution=8)
     assert code == 0
-    run = tables.read_run(folder)
+    run = reading.read_run(folder)
     assert tables.task_names(run) == ["Blond_Hair", "Smiling"]
     part = tables.of_task(run, "Smiling")
     assert part.labels[1] == "not Smiling, Young"

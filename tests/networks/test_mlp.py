@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_split
+from helpers import make_split
 
 from lab.config.loading import validate
 from lab.evaluation.losses import LOGISTIC

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import in_float64, make_split, make_splits
+from helpers import in_float64, make_split, make_splits
 
 import data_loader
 from lab.analyses import gram as analysis

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import in_float64, make_split, make_splits, many_groups
+from helpers import in_float64, make_split, make_splits, many_groups
 
 import dfr as dfr_command
 import main

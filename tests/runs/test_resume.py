@@ -1,4 +1,4 @@
-"""Nothing is lost: stopped, killed, or with a full disk, a run goes on as if nothing had been."""
+"""Nothing is lost: stopped, killed, or with a full disk, a run continues as before."""
 
 import errno
 import json
@@ -124,7 +124,7 @@ def test_a_second_interrupt_stops_at_once():
     def command():
         with stop_signals(), whole_step():
             signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)  # clusters repeat it; the step goes on
+            signal.raise_signal(signal.SIGTERM)  # clusters repeat it; the step continues
             ends.append("terminated")
             signal.raise_signal(signal.SIGINT)
             ends.append("interrupted")
@@ -133,16 +133,16 @@ def test_a_second_interrupt_stops_at_once():
     assert ends == ["terminated"]
 
 
-@pytest.mark.parametrize(("number", "told"), [(errno.EROFS, 2), (errno.ENOTDIR, None)])
-def test_what_the_disk_refuses_elsewhere_is_told_too(capsys, number, told):
+@pytest.mark.parametrize(("number", "reported"), [(errno.EROFS, 2), (errno.ENOTDIR, None)])
+def test_what_the_disk_refuses_elsewhere_is_reported_too(capsys, number, reported):
     def command():
         raise OSError(number, os.strerror(number), "/some/place")
 
-    if told is None:
+    if reported is None:
         with pytest.raises(OSError, match="place"):
             exit_code(command)
     else:
-        assert exit_code(command) == told
+        assert exit_code(command) == reported
         assert capsys.readouterr().err == "/some/place: Read-only file system\n"
 
 
@@ -189,7 +189,7 @@ def test_signals_are_repeated(go, monkeypatch):
     assert_equal(folder, reference)
 
 
-def test_a_full_disk_is_told_even_if_a_signal_came_first(go, monkeypatch):
+def test_a_full_disk_is_reported_even_if_a_signal_came_first(go, monkeypatch):
     def full(file, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -349,7 +349,7 @@ def stopped_run(go, monkeypatch):
     return folder, sorted((folder / "checkpoints").glob("epoch_*"))
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(go, monkeypatch, tmp_path):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_taken(go, monkeypatch, tmp_path):
     reference = finished(go, "adam")
     folder, (_, newer) = stopped_run(go, monkeypatch)
     newer.write_bytes(newer.read_bytes()[:-500])
@@ -374,7 +374,7 @@ def test_a_single_bit_is_noticed(go, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["gone", "garbage", "short"])
-def test_matrices_that_are_missing_are_told(go, monkeypatch, damage):
+def test_matrices_that_are_missing_are_reported(go, monkeypatch, damage):
     folder, _ = stopped_run(go, monkeypatch)
     path = folder / "gram.npz"
     if damage == "short":
@@ -391,7 +391,7 @@ def test_matrices_that_are_missing_are_told(go, monkeypatch, damage):
     assert lines[-1].endswith(f"to start over, remove {folder / 'checkpoints'}")
 
 
-def test_an_environment_that_cannot_be_read_is_told(go, monkeypatch):
+def test_an_environment_that_cannot_be_read_is_reported(go, monkeypatch):
     folder, _ = stopped_run(go, monkeypatch)
     (folder / "environment.json").write_text('{"device": ')
     code, lines = go("--resume", str(folder))
@@ -399,7 +399,7 @@ def test_an_environment_that_cannot_be_read_is_told(go, monkeypatch):
     assert any("environment.json: not readable" in line for line in lines)
 
 
-def test_damaged_tables_are_told_with_what_to_do(go, monkeypatch):
+def test_damaged_tables_are_reported_with_what_to_do(go, monkeypatch):
     folder, _ = stopped_run(go, monkeypatch)
     table = folder / "analysis.csv"
     text = table.read_text()
@@ -474,9 +474,9 @@ def test_tables_shorter_than_the_checkpoint_says(go, monkeypatch):
     table = folder / "training_history.csv"
     lines = table.read_text().splitlines(keepends=True)
     table.write_text("".join(lines[:-1]))  # as after a power failure
-    code, told = go("--resume", str(folder))
+    code, reported = go("--resume", str(folder))
     assert code == 0
-    assert any(f"{newer}: not used, the tables are shorter" in line for line in told)
+    assert any(f"{newer}: not used, the tables are shorter" in line for line in reported)
     assert_equal(folder, reference)
 
 
@@ -552,7 +552,7 @@ def test_a_real_limit_on_file_sizes(tmp_path, data_dir):
     kill.read_everything(folder)
 
 
-def test_a_log_that_cannot_be_written_is_told_once(go, monkeypatch, capsys):
+def test_a_log_that_cannot_be_written_is_reported_once(go, monkeypatch, capsys):
     def full(self, record):
         try:
             raise OSError(errno.ENOSPC, "No space left on device")

@@ -65,7 +65,7 @@ def events(folder):
     return found.Reload()
 
 
-def told(folder):
+def reported(folder):
     """{tag: {epoch: value}} of the finite numbers in the tables."""
     found = {}
     history = pd.read_csv(folder / "training_history.csv")
@@ -83,7 +83,7 @@ def told(folder):
 
 def assert_shows_the_tables(folder, epochs=4):
     """Scalars, histograms, sample pictures and plots: all of them, every step once, in order."""
-    found, expected = events(folder), told(folder)
+    found, expected = events(folder), reported(folder)
     tags = found.Tags()
     assert {tag for tag in tags["scalars"] if not tag.startswith("final/")} == set(expected)
     for tag, values in expected.items():
@@ -204,7 +204,7 @@ def test_a_longer_run_and_one_that_begins_to_be_shown(go):
     found = events(folder)
     assert [event.step for event in found.Scalars("train_avg_loss")] == list(range(6))
     assert go("--resume", str(folder), "epochs=6")[0] == 0
-    found, expected = events(folder), told(folder)
+    found, expected = events(folder), reported(folder)
     for tag, values in expected.items():
         assert [event.step for event in found.Scalars(tag)] == list(values), tag
     assert [event.step for event in found.Histograms("classifier/bias")] == [5, 6]
@@ -231,7 +231,7 @@ def test_a_run_that_diverges(go):
     folder = go.folder()
     history = pd.read_csv(folder / "training_history.csv")
     assert not np.isfinite(history.train_avg_loss.iloc[-1])
-    found, expected = events(folder), told(folder)
+    found, expected = events(folder), reported(folder)
     for tag, values in expected.items():
         assert [event.step for event in found.Scalars(tag)] == list(values), tag
     assert found.Images("plots/small")

@@ -214,9 +214,9 @@ def test_cancelled_and_pre_empted_jobs_go_on(finished, capsys):
     assert "nothing to do" in capsys.readouterr().out
     for job, attempts in enumerate([1, 1, 2, 2]):
         place = finished / "jobs" / f"{job:04d}"
-        told = json.loads((place / "job.json").read_text())
+        reported = json.loads((place / "job.json").read_text())
         expected = {"state": "finished", "returncode": 0, "error": None, "attempt": attempts}
-        assert told == expected
+        assert reported == expected
         (run,) = place.glob("*/status.json")  # one run, however many attempts
         history = pd.read_csv(run.parent / "training_history.csv")
         assert history["epoch"].tolist() == list(range(LONG + 1 if job > 1 else 3))

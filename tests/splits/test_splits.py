@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import make_split, make_splits, many_groups
+from helpers import make_split, make_splits, many_groups
 
 from lab.splits import groups
 from lab.splits.composites import Composites

@@ -15,7 +15,7 @@ from lab.sweeping import (
 ROOT = Path(__file__).parents[2]
 
 
-# Stands for main.py: what a sweep needs of a run, in no time. What it does is told by `data_dir`.
+# Stands for main.py: what a sweep needs of a run, in no time. `data_dir` says what it does.
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -41,8 +41,8 @@ if not history.exists():
 
 
 def tell(state, error=None):
-    told = {"state": state, "phase": "training", "error": error, "id": "x", "summary": {}}
-    (run / "status.json").write_text(json.dumps(told))
+    reported = {"state": state, "phase": "training", "error": error, "id": "x", "summary": {}}
+    (run / "status.json").write_text(json.dumps(reported))
 
 
 def stop(signum, frame):

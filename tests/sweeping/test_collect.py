@@ -255,7 +255,7 @@ def test_of_many_groups_the_minority_decides(tmp_path, no_figures):
     assert "test worst group" in text and "test minority best epoch" in text
 
 
-def test_nothing_finished_is_told_not_guessed(tmp_path):
+def test_nothing_finished_is_reported_not_guessed(tmp_path):
     write_sweep(tmp_path, grid(hidden_dim=[8]), seeds=2)
     shutil.rmtree(tmp_path / "jobs")
     collect.collect(tmp_path)

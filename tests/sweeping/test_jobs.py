@@ -55,7 +55,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("task", FAILURES)
-def test_a_failure_is_told_with_its_last_error_line(stand_in, begin, task):
+def test_a_failure_is_reported_with_its_last_error_line(stand_in, begin, task):
     code, error = FAILURES[task]
     folder, manifest = begin(task)
     with pytest.raises(attempts.Failed):

@@ -136,17 +136,17 @@ BAD = {
 
 
 @pytest.mark.parametrize("expected", BAD)
-def test_mistakes_are_told_in_one_line(write, expected):
-    told = problems(write(BAD[expected]))
-    assert any(expected in problem for problem in told), told
+def test_mistakes_are_reported_in_one_line(write, expected):
+    reported = problems(write(BAD[expected]))
+    assert any(expected in problem for problem in reported), reported
 
 
 def test_a_problem_names_its_setting(write):
     grid = {"train_correlation": [0.5, 2], "debias_method": ["None", "SCALE"]}
-    told = problems(write({"seeds": 2, "grid": grid}))
+    reported = problems(write({"seeds": 2, "grid": grid}))
     first, second = "train_correlation=2, debias_method=None", "0.5, debias_method=SCALE"
-    assert any(f"setting 2 ({first}) and 1 more: train_correlation: given 2" in t for t in told)
-    assert any(f"setting 1 (train_correlation={second}) and 1 more: debias" in t for t in told)
+    assert any(f"setting 2 ({first}) and 1 more: train_correlation: given 2" in t for t in reported)
+    assert any(f"setting 1 (train_correlation={second}) and 1 more: debias" in t for t in reported)
 
 
 def test_the_command_line_sets_what_the_sweep_does_not(write):

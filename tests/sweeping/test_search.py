@@ -32,7 +32,7 @@ from lab.system.errors import ConfigError
 ROOT = Path(__file__).parents[2]
 
 # Stands for main.py. The accuracy grows with the learning rate and the epochs; it ends at
-# learning_rate + seed / 100. What else it does is told by experiment_name.
+# learning_rate + seed / 100. What else it does is reported by experiment_name.
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -53,19 +53,19 @@ groups = 9 if task == "groups" else 4
 metric = "minority_acc" if task == "groups" else "worst_acc"
 
 
-def tell(state, summary={}):
-    told = {"state": state, "phase": "training", "error": None, "id": "x", "summary": summary}
-    (run / ".new").write_text(json.dumps(told))
+def print_lines(state, summary={}):
+    reported = {"state": state, "phase": "training", "error": None, "id": "x", "summary": summary}
+    (run / ".new").write_text(json.dumps(reported))
     os.replace(run / ".new", run / "status.json")
 
 
 def stop(signum, frame):
-    tell("stopped")
+    print_lines("stopped")
     sys.exit(128 + signum)
 
 
 signal.signal(signal.SIGTERM, stop)
-tell("running")
+print_lines("running")
 if task == "fail" and float(given["learning_rate"]) > 0.5:
     print("learning_rate: too large\\nTo resume:\\npython main.py --resume", run)
     sys.exit(2)
@@ -85,7 +85,7 @@ for epoch in range(len(history.read_text().splitlines()) - 1, epochs + 1):
     if task == "slow":
         time.sleep(0.3)
 summary = {"val_worst_acc": end, "test_worst_acc": 0.5, "test_avg_acc": 0.5}
-tell("done", summary | {"test_adjusted_acc": 0.5})
+print_lines("done", summary | {"test_adjusted_acc": 0.5})
 """
 SPACE = {"learning_rate": {"uniform": [0.1, 0.9]}, "hidden_dim": {"choice": [8, 16]}}
 SECTION = {"trials": 4, "search_space": SPACE, "pruner": "NopPruner"}
@@ -234,14 +234,14 @@ def test_a_failed_trial_does_not_stop_the_others(searched):
 def test_two_workers_share_a_study(searched, stand_in):
     folder = searched(trials=8)
     workers = [start_worker(folder, stand_in) for _ in range(2)]
-    told = [worker.communicate(timeout=120)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], told
+    reported = [worker.communicate(timeout=120)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], reported
     trials = trials_of(folder)
     assert trials.trial.tolist() == list(range(8)) and set(trials.state) == {"done"}
     assert trials.learning_rate.nunique() == 8
     attempts = [path.read_text().split() for path in folder.glob("jobs/*/run_2026/attempts")]
     assert [len(each) for each in attempts] == [1] * 8  # none twice
-    shares = [Counter(line.split(":")[0] for line in text.splitlines()) for text in told]
+    shares = [Counter(line.split(":")[0] for line in text.splitlines()) for text in reported]
     assert all(any(f"Trial {n}" in share for n in range(8)) for share in shares)  # both had some
 
 
@@ -402,7 +402,7 @@ def test_without_a_validation_split_nothing_starts(problems):
 
 
 @pytest.mark.parametrize(
-    ("section", "told"),
+    ("section", "reported"),
     [
         ({"trials": 0}, "optuna.trials: given 0; allowed: a whole number from 1"),
         ({"trails": 3}, "optuna.trails: no such key; allowed: trials, search_space"),
@@ -440,8 +440,8 @@ def test_without_a_validation_split_nothing_starts(problems):
         ),
     ],
 )
-def test_mistakes_in_the_section_are_told(problems, section, told):
-    (line,) = [line for line in problems(**section) if line.startswith(told)]
+def test_mistakes_in_the_section_are_reported(problems, section, reported):
+    (line,) = [line for line in problems(**section) if line.startswith(reported)]
     assert line
 
 
@@ -457,7 +457,7 @@ def test_every_sampler_and_pruner_can_be_made_or_says_what_it_lacks(problems, tm
             made.add(name)
         except ConfigError as error:
             lacking[name] = str(error)
-    for name, told in lacking.items():
-        assert told.startswith(f"optuna.{kind}_options: given {{}}; {name} says: ")
+    for name, reported in lacking.items():
+        assert reported.startswith(f"optuna.{kind}_options: given {{}}; {name} says: ")
     usual = {"sampler": {"TPESampler", "RandomSampler"}, "pruner": {"MedianPruner", "NopPruner"}}
     assert made >= usual[kind]

@@ -7,7 +7,7 @@ import zlib
 
 import hypothesis
 import pytest
-from conftest import limited
+from helpers import limited
 from hostile import damaged, refused
 from PIL import Image
 

@@ -6,7 +6,7 @@ import signal
 import pandas as pd
 import pytest
 import torch
-from conftest import make_split, make_splits
+from helpers import make_split, make_splits
 from material import assert_equal, at_call, sent, trained
 
 from lab.config.loading import validate
@@ -49,8 +49,10 @@ def test_training_ends_when_the_patience_is_over(
     found = [path.name for path in (fake_run.folder / "checkpoints").glob("epoch_*")]
     assert found == [f"epoch_{last:07d}_step_000000000.pt"]
     assert (fake_run.folder / "checkpoints" / "best.pt").exists()
-    told = f"Training ended at epoch {last}: the validation loss was lowest at epoch"
-    assert (told in caplog.text) == (last < 5 or losses == [5, 4, 6, 3, 7, 8] or losses[-1] == 5)
+    reported = f"Training ended at epoch {last}: the validation loss was lowest at epoch"
+    assert (reported in caplog.text) == (
+        last < 5 or losses == [5, 4, 6, 3, 7, 8] or losses[-1] == 5
+    )
 
 
 # The validation loss falls, then grows: few digits, a large network, large steps.

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_splits
+from helpers import make_splits
 from material import trained
 
 from lab.analyses import gram as analysis
