@@ -1,6 +1,7 @@
 """Mutated configurations: read, or refused with clear lines, soon and in little memory.
 
-The slow pass, by hand: `SPURIOUS_FUZZ_EXAMPLES=20000 python -m pytest tests/test_config_fuzz.py`.
+The slow pass, by hand:
+`SPURIOUS_FUZZ_EXAMPLES=20000 python -m pytest tests/config/test_config_fuzz.py`.
 Without it a few hundred examples are tried, the same ones every time.
 """
 
@@ -86,7 +87,7 @@ def metadata(field_or_type):
 
 
 def bounds(constraints):
-    """{"ge": …, "gt": …, "le": …, "lt": …}, those that there are."""
+    """{"ge": …, "gt": …, "le": …, "lt": …}, without those that are missing."""
     return {
         kind: getattr(part, kind)
         for part in constraints
@@ -256,28 +257,14 @@ FULL = strict_yaml.MAX_BYTES
     [
         "epochs: 1 # " + "x" * 10_000_000,
         "dfr_c_options: [" + "1," * (FULL // 2 - 10) + "1]",
-        "dfr_c_options: [" + "a," * (FULL // 2 - 10) + "1]",
-        "gradient_basis_analysis_epochs: [" + "[]," * (FULL // 3 - 12) + "1]",
         "\n".join(f"k{i}: 1" for i in range(FULL // 10)),
-        "wandb: {" + ",".join(f"k{i}: 1" for i in range(FULL // 11)) + "}",
         "gap_dynamics_factors: {group_pairs: [" + "[[1,1],[1,0]]," * (FULL // 14 - 10) + "]}",
-        "hidden_dim:\n" + "- 1\n" * (FULL // 4 - 3),
         "epochs: " + "9" * (FULL - 10),
-        "epochs: 0." + "9" * (FULL - 10),
         "epochs: " + "1:" * (FULL // 2 - 10) + "1",
-        "? " + "k" * (FULL - 10) + "\n: 1",
-        "experiment_name: '" + "x" * (FULL - 30) + "'",
         "dataset_name: " + "Colored" * (FULL // 7 - 10),
         "[" * FULL,
-        "{a: " * (FULL // 4),
-        "- " * (FULL // 2),
-        "a: &" + "a" * (FULL - 10),
         "'" * FULL,
-        "\n" * FULL,
-        "\t" * FULL,
         "%TAG ! x\n" * (FULL // 9),
-        "ü" * (FULL // 2),
-        "\0" * FULL,
     ],
     ids=lambda text: text[:20].encode("unicode_escape").decode(),
 )
@@ -350,52 +337,46 @@ def test_every_number_has_both_bounds():
         assert kinds == {"g", "l"}, name
 
 
-@pytest.mark.parametrize("name, kind, limit", NUMBERS)
-def test_bounds(path, name, kind, limit):
-    number = plain(FIELDS[name].annotation)
-    limit = number(limit)
-    inside = [beyond(limit, kind, -1)]
-    far = 10.0**12 if kind[0] == "l" else -(10.0**12)
-    outside = [beyond(limit, kind, 1), far]
-    (inside if kind in ("ge", "le") else outside).append(limit)
-    for value in inside:
-        assert alone(name, value) == value
-    for value in (number(value) for value in outside):
-        with pytest.raises(ValidationError):
-            alone(name, value)
-        path.write_text(f"{name}: {in_yaml(value)}")
-        (line,) = outcome(path)
-        assert line.startswith(f"{name}: given {value!r}; allowed: ")
+def test_bounds(path):
+    for name, kind, limit in NUMBERS:
+        number = plain(FIELDS[name].annotation)
+        limit = number(limit)
+        inside, outside = [beyond(limit, kind, -1)], [beyond(limit, kind, 1)]
+        (inside if kind in ("ge", "le") else outside).append(limit)
+        assert [alone(name, value) for value in inside] == inside, name
+        for value in (number(value) for value in outside):
+            path.write_text(f"{name}: {in_yaml(value)}")
+            (line,) = outcome(path)
+            assert line.startswith(f"{name}: given {value!r}; allowed: ")
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_types(path, name):
-    field = FIELDS[name]
-    kind = plain(field.annotation)
-    wrong = {
-        bool: ["1", "0.0", "'true'", "[]", "null"],
-        int: ["true", "1.0", "'1'", "[1]", "{a: 1}", ".nan", "1e3"],
-        float: ["true", "'1.0'", "[1.0]", ".nan", ".inf", "-.inf", "1e999"],
-        str: ["true", "1", "1.5", "[a]", "''", "x" * 1001, r'"\0"', r'"a\x1b"', r'"\ud800"'],
-        list: ["true", "1", "a", "{a: 1}", "[[]]", "[a]", "[null]", "[1.5, .nan]"],
-        dict: ["true", "1", "a", "[]", "[{}]"],
-    }  # fmt: skip
-    if get_origin(kind) is Literal:
-        texts = ["1.5", "''", "[]", "x", "true"]
-        for choice in get_args(kind):
-            assert alone(name, choice) == choice
-    elif name == "analyses":  # a word or a list of words
-        texts = ["1", "''", "true", "{a: 1}", "[1]", "['a b']", "x"]
-    else:
-        texts = wrong[get_origin(kind) or kind]
-    if field.default is None:
-        texts = [text for text in texts if text != "null"]
-    section, dot, key = name.partition(".")
-    for text in texts:
-        path.write_text(f"{section}: {{{key}: {text}}}" if dot else f"{name}: {text}")
-        lines = outcome(path)
-        assert not isinstance(lines, Config) and len(lines) == 1, text
-        assert lines[0].startswith(f"{name}: given "), text
+def test_types(path):
+    for name, field in FIELDS.items():
+        kind = plain(field.annotation)
+        wrong = {
+            bool: ["1", "'true'", "null"],
+            int: ["true", "1.0", "'1'", ".nan"],
+            float: ["true", "'1.0'", ".nan", ".inf", "1e999"],
+            str: ["true", "1", "''", "x" * 1001, r'"a\x1b"'],
+            list: ["true", "a", "{a: 1}", "[[]]", "[null]", "[1.5, .nan]"],
+            dict: ["true", "a", "[{}]"],
+        }
+        if get_origin(kind) is Literal:
+            texts = ["1.5", "''", "[]", "x", "true"]
+            choices = list(get_args(kind))
+            assert [alone(name, choice) for choice in choices] == choices
+        elif name == "analyses":  # a word or a list of words
+            texts = ["1", "''", "true", "{a: 1}", "[1]", "['a b']", "x"]
+        else:
+            texts = wrong[get_origin(kind) or kind]
+        if field.default is None:
+            texts = [text for text in texts if text != "null"]
+        section, dot, key = name.partition(".")
+        for text in texts:
+            path.write_text(f"{section}: {{{key}: {text}}}" if dot else f"{name}: {text}")
+            lines = outcome(path)
+            assert not isinstance(lines, Config) and len(lines) == 1, (name, text)
+            assert lines[0].startswith(f"{name}: given "), (name, text)
 
 
 def test_lists_have_an_end(path):
