@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 from lab.config import effects
+from lab.folders import creating
 from lab.retraining.dfr import SOLVERS, check, retrain, save
 from lab.retraining.report import comparison, comparison_text, text
-from lab.runs import folders
 from lab.runs.opening import OpenedRun, open_run
 from lab.system import files
 from lab.system.errors import ConfigError
@@ -69,8 +69,8 @@ def retrain_run(folder: Path, overrides=()) -> Path:
         log.info("Given, but without effect here: %s", "; ".join(idle))
     check(run.splits, run.config.dfr_solver)
     head, results = retrain(run.network(), run.splits, run.config)
-    place = folders.new_folder(folder / "dfr")
-    files.write_text(place / "config_used.yaml", folders.config_yaml(run.config))
+    place = creating.new_folder(folder / "dfr")
+    files.write_text(place / "config_used.yaml", creating.config_yaml(run.config))
     save(place, head, results, run.splits.group_names)
     log.info("%s", text(results, run.splits.group_names))
     return place
@@ -91,10 +91,10 @@ def compare_solvers(folder: Path, overrides=()) -> Path:
     for solver in SOLVERS:
         check(splits, solver)
     found = {solver: retrain(network, splits, config) for solver, config in configs.items()}
-    place = folders.new_folder(folder / "dfr")
+    place = creating.new_folder(folder / "dfr")
     for solver, (head, results) in found.items():
         (place / solver).mkdir()
-        configuration = folders.config_yaml(configs[solver])
+        configuration = creating.config_yaml(configs[solver])
         files.write_text(place / solver / "config_used.yaml", configuration)
         save(place / solver, head, results, splits.group_names)
     rows = comparison({solver: results for solver, (_, results) in found.items()})

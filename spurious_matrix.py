@@ -126,21 +126,21 @@ def collect(given: argparse.Namespace) -> Path:
     It is `spurious_matrix/<time>` in the first of the folders. Raises `UserError` for what the
     user can fix.
     """
+    from lab.folders import creating
     from lab.matrix import collecting, tables
-    from lab.runs import folders
 
     runs = collecting.find_runs(given.collect)
     if not runs:
         raise UserError(f"{', '.join(given.collect)}: no finished run of CelebA with one task")
-    file = given.config or next(iter(runs.values()))[0] / folders.CONFIG
+    file = given.config or next(iter(runs.values()))[0] / creating.CONFIG
     config = loading.load_config(file, given.overrides)
     settings.check(config)
     names, options = settings.source(config).attribute_names, settings.OPTIONS | given.options
     if problems := settings.wrong_options(options, len(names)):
         raise ConfigError(*problems)
     tallies = collecting.predict(runs, names, config)
-    folder = folders.new_folder(Path(given.collect[0]) / "spurious_matrix")
-    files.write_text(folder / folders.CONFIG, folders.config_yaml(config))
+    folder = creating.new_folder(Path(given.collect[0]) / "spurious_matrix")
+    files.write_text(folder / creating.CONFIG, creating.config_yaml(config))
     tables.write_accuracies(folder, names, *tallies)
     conclude(folder, options, config)
     return folder

@@ -13,7 +13,7 @@ from PIL import Image
 import dfr as dfr_command
 import main
 from lab.figures import drawing
-from lab.runs import status as run_status
+from lab.folders import status as run_status
 
 TEN = {
     "dataset_name": "Dominoes", "dominoes_classes": "ten", "loss_function": "cross_entropy",

@@ -257,7 +257,7 @@ METHODS = [
     ),
     Method(
         "GroupDRO",
-        "group distributionally robust optimisation: groups count the more the larger their loss",
+        "group distributionally robust optimisation: a group of larger loss gains weight",
         code="lab.methods.group_dro:GroupDRO",
         weights_groups=True,
         keys={
@@ -352,7 +352,7 @@ LOSSES = [
     Loss("logistic", "log(1+exp(-y f))", code="lab.evaluation.losses:LOGISTIC"),
     Loss("mse", "(f-y)^2", code="lab.evaluation.losses:MSE"),
     Loss(
-        "cross_entropy", "an output a class", code="lab.evaluation.losses:CROSS_ENTROPY",
+        "cross_entropy", "one output per class", code="lab.evaluation.losses:CROSS_ENTROPY",
         class_outputs=True,
     ),
 ]  # fmt: skip

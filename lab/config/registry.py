@@ -252,7 +252,7 @@ class Analysis(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Figure(Record):
-    """code: draw(run: `lab.runs.reading.Tables`) → a matplotlib figure, a list of them, or None.
+    """code: draw(run: `lab.folders.reading.RunTables`) → figure, list of figures, or None.
 
     table: "history" or "analysis:<name>", without whose rows it is not drawn; "" = it looks for its
     own file; by_task: drawn for every task where there are several.

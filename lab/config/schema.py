@@ -154,7 +154,7 @@ class Config(Chosen, Section):
         64, "pictures at once in the backbone"
     )
     num_workers: Annotated[int, Field(ge=0, le=1024)] | None = key(
-        None, "workers that decode pictures; null = one a core"
+        None, "workers that decode pictures; null = one per core"
     )
     features_cache_dir: Text = key("features_cache", "folder of the extracted features", "Text")
 
@@ -166,7 +166,8 @@ class Config(Chosen, Section):
     fix_final_layer: bool = key(False, "do not train the output layer")
 
     loss_function: str = key(
-        "logistic", "logistic = log(1+exp(-y f)), mse = (f-y)^2, cross_entropy = an output a class"
+        "logistic",
+        "logistic = log(1+exp(-y f)), mse = (f-y)^2, cross_entropy: one output per class",
     )
     debias_method: str = key("None", "training method; None = ERM")
     group_batches: Literal["full", "mini"] | None = key(
@@ -269,7 +270,7 @@ class Config(Chosen, Section):
         20, "fits on fresh balanced subsets, averaged"
     )
     dfr_num_workers: Annotated[int, Field(ge=1, le=1024)] | None = key(
-        None, "processes for the fits; null = one a core"
+        None, "processes for the fits; null = one per core"
     )
 
     plot_format: Literal["png", "svg"] = key("png", "file format of the plots")

@@ -22,10 +22,10 @@ from lab.figures.style import (
     zero_line,
 )
 from lab.figures.tables import analysis_splits, analysis_values, column
-from lab.runs.reading import Tables
+from lab.folders.reading import RunTables
 
 
-def gradient_basis(run: Tables) -> Figure:
+def gradient_basis(run: RunTables) -> Figure:
     """Norms of the four basis gradients and the cosines between them."""
     splits = analysis_splits(run, "gradient_basis")
     names = {"inv": "$v_{inv}$", "Y": "$v_Y$", "A": "$v_A$", "AY": "$v_{AY}$"}
@@ -46,7 +46,7 @@ def gradient_basis(run: Tables) -> Figure:
     return finish(run, figure, axes, "Gradient basis", table.index)
 
 
-def gap_dynamics_factors(run: Tables) -> Figure:
+def gap_dynamics_factors(run: RunTables) -> Figure:
     """Time derivative of the loss gap, split by what causes it."""
     # Open, large and on top: the dots stay visible where they lie on the curve, as theory predicts.
     dots: dict[str, Any] = {"color": GREY, "linestyle": "none", "marker": "o", "markersize": 6}
@@ -62,7 +62,7 @@ def gap_dynamics_factors(run: Tables) -> Figure:
     return term_panels(run, "gap_dynamics_factors", terms, "Gap dynamics")
 
 
-def static_dynamic_decomposition(run: Tables) -> Figure:
+def static_dynamic_decomposition(run: RunTables) -> Figure:
     """Time derivative of the loss gap, split into static and dynamic parts of the gradients."""
     terms = {
         "total": ("total", STYLES[2] | {"linestyle": "-"}),
@@ -74,7 +74,7 @@ def static_dynamic_decomposition(run: Tables) -> Figure:
     return term_panels(run, analysis, terms, "Static and dynamic parts")
 
 
-def jacobian_norm(run: Tables) -> Figure:
+def jacobian_norm(run: RunTables) -> Figure:
     """Mean Jacobians of the groups: squared norms, cosines, attribute against label direction."""
     splits = analysis_splits(run, "jacobian_norm")
     figure, axes = new_figure(4, splits)
@@ -104,7 +104,7 @@ def jacobian_norm(run: Tables) -> Figure:
     return finish(run, figure, axes, "Mean Jacobians", table.index)
 
 
-def model_output_expectation(run: Tables) -> Figure:
+def model_output_expectation(run: RunTables) -> Figure:
     """Mean output per group in a band of one standard deviation."""
     splits = analysis_splits(run, "model_output_expectation")
     figure, axes = new_figure(1, splits)
@@ -126,7 +126,7 @@ def model_output_expectation(run: Tables) -> Figure:
     return finish(run, figure, axes, "Model output", table.index)
 
 
-def scale(run: Tables) -> Figure:
+def scale(run: RunTables) -> Figure:
     """SCALE: how far the train gradient agrees with the target gradient, tensor × epoch."""
     table = analysis_values(run, "SCALE", "train").filter(like="cosine_")
     order = run.analysis.quantity[run.analysis.analysis == "SCALE"].unique()  # from input to output

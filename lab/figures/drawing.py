@@ -11,7 +11,7 @@ from lab.config import records
 from lab.config.registry import Figure as FigureRecord
 from lab.figures.style import RC
 from lab.figures.tables import analysis_splits, history_splits, of_task, task_names
-from lab.runs.reading import Tables, UnreadableRun, read_run
+from lab.folders.reading import RunTables, UnreadableRun, read_run
 from lab.system import files
 
 FORMATS = ("png", "svg")
@@ -50,7 +50,7 @@ def draw(
     return paths
 
 
-def parts(run: Tables, figures: list[FigureRecord]) -> Iterator[tuple[Tables, FigureRecord]]:
+def parts(run: RunTables, figures: list[FigureRecord]) -> Iterator[tuple[RunTables, FigureRecord]]:
     """What to draw: the figures of the whole run, then, where it has several tasks, of each."""
     tasks = [of_task(run, task) for task in task_names(run)]
     for drawing in figures:
@@ -62,7 +62,7 @@ def parts(run: Tables, figures: list[FigureRecord]) -> Iterator[tuple[Tables, Fi
                 yield task, drawing
 
 
-def has_rows(run: Tables, table: str) -> bool:
+def has_rows(run: RunTables, table: str) -> bool:
     """Whether the table of a figure's record has rows; True of figures with files of their own."""
     if table == "history":
         return len(run.history) > 0 and len(history_splits(run)) > 0

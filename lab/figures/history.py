@@ -18,12 +18,12 @@ from lab.figures.style import (
     share_axis,
 )
 from lab.figures.tables import column, history_splits
-from lab.runs.reading import Tables
+from lab.folders.reading import RunTables
 
 EVALUATION_SETS = ("opposite", "clean", "all_main", "shortcut_only")  # besides the usual splits
 
 
-def training_history(run: Tables) -> Figure:
+def training_history(run: RunTables) -> Figure:
     """Average, adjusted and worst-group loss and accuracy of every split."""
     curves = [
         ("average", STYLES[2], "avg"),
@@ -33,7 +33,7 @@ def training_history(run: Tables) -> Figure:
     return history_figure(run, "Training history", curves)
 
 
-def group_curves(run: Tables) -> Figure:
+def group_curves(run: RunTables) -> Figure:
     """Loss and accuracy of every group; of many groups, of the majority and the minority.
 
     A minority sample is one whose attribute is not the shortcut of its label.
@@ -50,7 +50,7 @@ def group_curves(run: Tables) -> Figure:
     return history_figure(run, "Groups", curves)
 
 
-def group_accuracies(run: Tables) -> Figure | None:
+def group_accuracies(run: RunTables) -> Figure | None:
     """Of many groups: their test accuracies at the last epoch, class × attribute."""
     if not run.many or run.counts.empty or "test" not in history_splits(run):
         return None
@@ -89,7 +89,7 @@ def group_accuracies(run: Tables) -> Figure | None:
     return figure
 
 
-def evaluation_sets(run: Tables) -> Figure | None:
+def evaluation_sets(run: RunTables) -> Figure | None:
     """Worst-group and average accuracy on each further evaluation set, if the run has any."""
     further = [name for name in EVALUATION_SETS if f"{name}_avg_acc" in run.history]
     if not further:
@@ -107,7 +107,7 @@ def evaluation_sets(run: Tables) -> Figure | None:
     return finish(run, figure, axes, "Evaluation sets", history.epoch)
 
 
-def gap_pairs(run: Tables) -> list[tuple[str, str]]:
+def gap_pairs(run: RunTables) -> list[tuple[str, str]]:
     """Codes of the configured pairs of groups, else of the pairs that were analysed."""
     section = run.config.get("gap_dynamics_factors")
     configured = section.get("group_pairs") if isinstance(section, dict) else None
@@ -118,7 +118,7 @@ def gap_pairs(run: Tables) -> list[tuple[str, str]]:
     return [(first, second) for first, _, second in analysed]
 
 
-def gaps(run: Tables) -> Figure | None:
+def gaps(run: RunTables) -> Figure | None:
     """Loss and accuracy of the first group minus those of the second, for every pair."""
     parts = {code: f"group_{g}" for g, code in run.codes.items()}
     pairs = [pair for pair in gap_pairs(run) if set(pair) <= set(parts)]
@@ -131,7 +131,7 @@ def gaps(run: Tables) -> Figure | None:
     return history_figure(run, "Gaps between groups", curves, gap=True)
 
 
-def misclassification(run: Tables) -> Figure | None:
+def misclassification(run: RunTables) -> Figure | None:
     """Error rate of every group and its share among all errors of the split; not of many groups."""
     if run.many:
         return None

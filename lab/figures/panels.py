@@ -19,10 +19,10 @@ from lab.figures.style import (
     zero_line,
 )
 from lab.figures.tables import analysis_splits, analysis_values, column, history_splits
-from lab.runs.reading import Tables
+from lab.folders.reading import RunTables
 
 
-def pair_label(run: Tables, first: str, second: str, sign: str = "−") -> str:
+def pair_label(run: RunTables, first: str, second: str, sign: str = "−") -> str:
     """Two groups (codes) as text, what they share written once: `digit < 5: red − green`."""
     names = [run.label(code).split(", ") for code in (first, second)]
     if len(names[0]) == len(names[1]) == 2:
@@ -32,7 +32,7 @@ def pair_label(run: Tables, first: str, second: str, sign: str = "−") -> str:
     return f"{run.label(first)} {sign}\n{run.label(second)}"
 
 
-def title(run: Tables, subject: str) -> str:
+def title(run: RunTables, subject: str) -> str:
     """Subject, run and method, and where the training diverged."""
     subject = f"{subject}, {run.task}" if run.task else subject
     text = f"{subject}: {run.config.get('experiment_name', run.folder.resolve().name)}"
@@ -43,7 +43,7 @@ def title(run: Tables, subject: str) -> str:
     return text
 
 
-def finish(run: Tables, figure: Figure, axes, subject: str, epochs) -> Figure:
+def finish(run: RunTables, figure: Figure, axes, subject: str, epochs) -> Figure:
     """Adds the title, whole epochs on the shared x axis, and a note in panels without a curve."""
     first, last = min(epochs), max(epochs)
     margin = 0.5 if first == last else 0.04 * (last - first)
@@ -59,7 +59,7 @@ def finish(run: Tables, figure: Figure, axes, subject: str, epochs) -> Figure:
     return figure
 
 
-def name_empty_groups(run: Tables, axes, splits: list[str]) -> None:
+def name_empty_groups(run: RunTables, axes, splits: list[str]) -> None:
     """Names below the title of each split the groups that have no samples in it."""
     for ax, split in zip(axes[0], splits, strict=True):
         empty = run.counts.name[(run.counts.split == split) & (run.counts["count"] == 0)]
@@ -72,7 +72,7 @@ def name_empty_groups(run: Tables, axes, splits: list[str]) -> None:
             ax.set_title(f"{SPLIT_TITLES[split]}\n{note}", fontsize=8)
 
 
-def history_figure(run: Tables, subject: str, curves: Sequence, gap: bool = False) -> Figure:
+def history_figure(run: RunTables, subject: str, curves: Sequence, gap: bool = False) -> Figure:
     """Losses above accuracies, one column a split.
 
     curves: (label, style, part) where part is the middle of column names, such as `avg` or
@@ -98,7 +98,7 @@ def history_figure(run: Tables, subject: str, curves: Sequence, gap: bool = Fals
 
 
 def term_panels(
-    run: Tables, analysis: str, terms: dict[str, tuple[str, dict[str, Any]]], subject: str
+    run: RunTables, analysis: str, terms: dict[str, tuple[str, dict[str, Any]]], subject: str
 ) -> Figure:
     """Terms of d(loss gap)/dt for every pair on every split; terms: quantity → (label, style)."""
     splits = analysis_splits(run, analysis)

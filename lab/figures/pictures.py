@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from lab.figures.panels import title
 from lab.figures.style import GREY
 from lab.figures.tables import read_pictures
-from lab.runs.reading import Tables, present, readable
+from lab.folders.reading import RunTables, present, readable
 
 PICTURES_PER_GROUP = 8
 GROUPS_PER_PAGE = 8
@@ -22,7 +22,7 @@ def show_picture(ax, picture: np.ndarray) -> None:
     ax.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
 
 
-def samples(run: Tables) -> Figure | None:
+def samples(run: RunTables) -> Figure | None:
     """Training pictures, one row a group; of too many groups, one row a class."""
     path = run.folder / "samples.npz"
     if not present(path):
@@ -57,7 +57,7 @@ def samples(run: Tables) -> Figure | None:
     return figure
 
 
-def gradcam(run: Tables) -> list[Figure]:
+def gradcam(run: RunTables) -> list[Figure]:
     """Where the network looks: for each group (rows) pictures, and their heat before and after DFR.
 
     Eight groups on a page.
@@ -73,7 +73,7 @@ def gradcam(run: Tables) -> list[Figure]:
     return [_gradcam_page(run, pictures, heat, group, page) for page in pages]
 
 
-def _gradcam_page(run: Tables, pictures, heat: dict, group, page: list[int]) -> Figure:
+def _gradcam_page(run: RunTables, pictures, heat: dict, group, page: list[int]) -> Figure:
     """The groups of one page as blocks, up to four side by side."""
     across, down = min(4, len(page)), -(-len(page) // 4)
     number = max(int((group == g).sum()) for g in page)

@@ -11,10 +11,10 @@ from matplotlib.ticker import NullLocator
 from lab.figures.panels import title
 from lab.figures.style import BAR_LOOKS, GREY, RED, SPLIT_TITLES, STYLES, curve, group_style
 from lab.figures.tables import read_dfr
-from lab.runs.reading import Tables
+from lab.folders.reading import RunTables
 
 
-def before_and_after(ax, run: Tables, before: pd.Series, after: pd.Series) -> None:
+def before_and_after(ax, run: RunTables, before: pd.Series, after: pd.Series) -> None:
     """Two bars for every accuracy: pale and hatched before, full after."""
     bars = [("avg_acc", "average", GREY), ("adjusted_acc", "adjusted", GREY)]
     bars.append(("worst_acc", "worst\ngroup", GREY))
@@ -52,7 +52,7 @@ def tuning_curve(ax, points, chosen, score: str) -> None:
     ax.set(xlabel="inverse regularisation C", ylabel=score)
 
 
-def dfr(run: Tables) -> Figure | None:
+def dfr(run: RunTables) -> Figure | None:
     """Accuracies before and after retraining, and the tuning of its regularisation."""
     result = read_dfr(run.folder / "dfr_results.json")
     before, after = result.get("before", {}), result.get("after", {})

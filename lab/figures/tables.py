@@ -11,19 +11,19 @@ import numpy as np
 import pandas as pd
 
 from lab.figures.style import SPLIT_TITLES, finite
-from lab.runs.reading import Tables, UnreadableRun, group_labels, present, readable
+from lab.folders.reading import RunTables, UnreadableRun, group_labels, present, readable
 from lab.system import zip_files
 
 MAX_SAMPLES = 2**26  # bytes; 32 pictures of 112 × 112 are 2**22
 
 
-def task_names(run: Tables) -> list[str]:
+def task_names(run: RunTables) -> list[str]:
     """The tasks of the run's network, if there are several."""
     names = run.counts["task"].astype(str).unique() if "task" in run.counts else []
     return list(names) if len(names) > 1 else []
 
 
-def of_task(run: Tables, task: str) -> Tables:
+def of_task(run: RunTables, task: str) -> RunTables:
     """The run as if this were the network's only task."""
     prefix = re.compile(rf"^([a-z_]+?)_{re.escape(task)}_")
     own = [name for name in run.history if prefix.match(name)]
@@ -38,13 +38,13 @@ def column(table: pd.DataFrame, name: str) -> np.ndarray:
     return finite(table[name]) if name in table else np.full(len(table), np.nan)
 
 
-def history_splits(run: Tables) -> list[str]:
+def history_splits(run: RunTables) -> list[str]:
     """The splits of the training history, without the further evaluation sets."""
     splits = ("train", "val", "target", "test")
     return [split for split in splits if f"{split}_avg_loss" in run.history]
 
 
-def analysis_values(run: Tables, analysis: str, split: str, pair: str = "") -> pd.DataFrame:
+def analysis_values(run: RunTables, analysis: str, split: str, pair: str = "") -> pd.DataFrame:
     """Values of an analysis: one row an epoch (the index), one column a quantity."""
     rows = run.analysis
     rows = rows[(rows.analysis == analysis) & (rows.split == split) & (rows.pair == pair)]
@@ -52,7 +52,7 @@ def analysis_values(run: Tables, analysis: str, split: str, pair: str = "") -> p
     return rows.pivot(index="epoch", columns="quantity", values="value").sort_index()
 
 
-def analysis_splits(run: Tables, analysis: str) -> list[str]:
+def analysis_splits(run: RunTables, analysis: str) -> list[str]:
     """The splits on which an analysis was made, in the order of the panels."""
     found = set(run.analysis.split[run.analysis.analysis == analysis])
     return [split for split in SPLIT_TITLES if split in found]

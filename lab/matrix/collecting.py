@@ -10,10 +10,10 @@ from lab.config import comparing, loading, messages
 from lab.config.schema import Config, layout
 from lab.config.strict_yaml import show
 from lab.evaluation import metrics, predictions, shortcuts
+from lab.folders import status as run_status
+from lab.folders.creating import CONFIG
 from lab.matrix.settings import OWN
 from lab.runs import opening
-from lab.runs import status as run_status
-from lab.runs.folders import CONFIG
 from lab.system.errors import ConfigError, UserError
 
 log = logging.getLogger(f"spurious.{__name__}")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from lab.config import loading
 from lab.config.schema import Config
-from lab.runs import reading
-from lab.runs.folders import CONFIG
-from lab.runs.status import read_status
+from lab.folders import reading
+from lab.folders.creating import CONFIG
+from lab.folders.status import read_status
 from lab.system.errors import ConfigError
 
 
@@ -24,7 +24,7 @@ class OpenedRun:
     config: Config
 
     @cached_property
-    def tables(self) -> reading.Tables:
+    def tables(self) -> reading.RunTables:
         """The saved tables. Raises `UnreadableRun`."""
         return reading.read_run(self.folder)
 

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from lab.config import comparing, loading
 from lab.config.schema import Config
-from lab.runs import status
+from lab.folders import status
+from lab.folders.creating import CONFIG, config_yaml
+from lab.folders.status import PHASES, read_status
 from lab.runs.environment import add_resumed, environment
-from lab.runs.folders import CONFIG, config_yaml
 from lab.runs.run import Run
-from lab.runs.status import PHASES, read_status
 from lab.system import files
 from lab.system.errors import ConfigError, UserError
 

@@ -15,7 +15,7 @@ import filelock
 import numpy as np
 
 from lab.config.schema import Config
-from lab.runs.status import read_status, write_status
+from lab.folders.status import read_status, write_status
 from lab.runs.tables import COUNT_COLUMNS, Tables
 from lab.system import files
 from lab.system.command import Stopped

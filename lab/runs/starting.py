@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 from lab.config.schema import Config
+from lab.folders.creating import CONFIG, config_yaml, now, rename_to_unique, temporary_folder
+from lab.folders.status import PHASES, write_status
 from lab.runs.environment import environment, write_environment
-from lab.runs.folders import CONFIG, config_yaml, now, rename_to_unique, temporary_folder
 from lab.runs.run import Run
-from lab.runs.status import PHASES, write_status
 from lab.system import files
 from lab.system.errors import UserError
 

@@ -15,7 +15,7 @@ import pandas as pd
 
 from lab.config.seeds import derive_seed
 from lab.evaluation import selection
-from lab.runs import status as run_status
+from lab.folders import status as run_status
 from lab.sweeping import figures, manifests
 from lab.system import files
 from lab.system.command import print_lines

@@ -36,7 +36,7 @@ from lab.figures.style import (
     zero_line,
 )
 from lab.figures.tables import analysis_values
-from lab.runs.reading import read_run
+from lab.folders.reading import read_run
 from lab.sweeping import grids
 
 LINES = 8  # curves in a panel

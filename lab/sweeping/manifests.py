@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lab.runs import folders
-from lab.runs import status as run_status
+from lab.folders import creating
+from lab.folders import status as run_status
 from lab.sweeping import grids
 from lab.sweeping.plan import Plan
 from lab.system import files
@@ -25,7 +25,7 @@ def create(plan: Plan, command: list[str], cluster: dict) -> Path:
     """
     manifest: dict[str, Any] = {
         "name": plan.name,
-        "created": folders.now(),
+        "created": creating.now(),
         "sweep_file": plan.text,
         "command": command,
         "config": str(plan.base),
@@ -50,7 +50,7 @@ def create(plan: Plan, command: list[str], cluster: dict) -> Path:
             (fresh / job["folder"]).mkdir(parents=True)
         files.write(fresh / BASE, plan.base.read_bytes())
         write_manifest(fresh, manifest)
-        return folders.rename_to_unique(fresh, sweeps / f"{plan.name}_{manifest['created']}")
+        return creating.rename_to_unique(fresh, sweeps / f"{plan.name}_{manifest['created']}")
     except OSError as error:
         raise UserError(f"results_dir: {sweeps} cannot be written, {error.strerror}") from None
     finally:
@@ -117,7 +117,7 @@ def shown(arguments: list[str]) -> str:
 
 def submitit_folder(folder: Path) -> Path:
     """A new folder for submitit, which names files by process ids: older ones may have the same."""
-    return folders.new_folder(folder / "submitit")
+    return creating.new_folder(folder / "submitit")
 
 
 def add_advice(error: BaseException, folder: Path) -> None:

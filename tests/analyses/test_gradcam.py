@@ -15,9 +15,10 @@ import plotting
 from lab.analyses import gradcam
 from lab.figures import drawing
 from lab.figures import pictures as picture_figures
+from lab.folders import reading
 from lab.networks import building
 from lab.retraining.head import Head
-from lab.runs import explaining, reading, resuming
+from lab.runs import explaining, resuming
 
 
 def network(settings, num_outputs=1, **keys):
@@ -312,7 +313,7 @@ def test_many_groups_take_several_pages(tmp_path):
     assert np.bincount(arrays["group"]).tolist() == [3, 0, 2, *[3] * 15]
     assert arrays["before_dfr"].max((1, 2)).max() == 1
     names = {g: f"group {g}" for g in range(18)}
-    run = reading.Tables(tmp_path, {}, pd.DataFrame(), None, None, names, {})
+    run = reading.RunTables(tmp_path, {}, pd.DataFrame(), None, None, names, {})
     pages = picture_figures.gradcam(run)
     assert [len(page.subfigs) for page in pages] == [8, 8, 1]
     titles = [part.get_suptitle() for page in pages for part in page.subfigs]

@@ -21,7 +21,7 @@ from lab.config.loading import load_config, validate
 from lab.data_sets import spurious_mnist
 from lab.data_sets.sources import mnist
 from lab.figures import drawing, pictures
-from lab.runs import reading
+from lab.folders import reading
 from lab.system.errors import ConfigError, DataError
 
 NO_ANALYSES = {"analyses": "none"}

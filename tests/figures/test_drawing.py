@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from lab import figures
 from lab.figures import panels
 from lab.figures.drawing import FIGURES, draw
-from lab.runs import reading
+from lab.folders import reading
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -8,7 +8,7 @@ from made_up import NAMES, labels_of, write_many, write_run
 from lab.figures import analyses, history
 from lab.figures.drawing import FIGURES, draw
 from lab.figures.style import group_style
-from lab.runs.reading import read_run
+from lab.folders.reading import read_run
 
 pytestmark = pytest.mark.filterwarnings("error")
 

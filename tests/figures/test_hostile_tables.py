@@ -5,7 +5,7 @@ import pytest
 from hostile import hostile_arrays, npz, refused
 
 import plotting
-from lab.runs.reading import UnreadableRun
+from lab.folders.reading import UnreadableRun
 
 
 @pytest.mark.parametrize("name", ["samples.npz", "gradcam.npz"])

@@ -5,7 +5,7 @@ import pytest
 from made_up import labels_of, write_many, write_run
 
 from lab.figures import analyses, pictures, retraining
-from lab.runs.reading import read_run
+from lab.folders.reading import read_run
 
 pytestmark = pytest.mark.filterwarnings("error")
 

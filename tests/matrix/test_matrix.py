@@ -24,13 +24,13 @@ from lab.data_sets.sources import celeba
 from lab.evaluation import metrics, predictions
 from lab.evaluation.losses import LOGISTIC
 from lab.features import extraction as feature_extractor
+from lab.folders import creating
+from lab.folders import status as run_status
 from lab.matrix import figures as matrix_plots
 from lab.matrix import heads as batched_heads
 from lab.matrix import settings, training
 from lab.matrix.collecting import attributes_of
 from lab.networks import building, picture_nets
-from lab.runs import folders
-from lab.runs import status as run_status
 from lab.training import loop
 
 ROOT = Path(__file__).parents[2]
@@ -161,7 +161,7 @@ def test_accuracies_are_those_of_a_run_with_this_shortcut(whole):
     """The groups of a task with another attribute are those of the run `task:attribute`."""
     table = pd.read_csv(whole[1] / "group_accuracies.csv")
     (run,) = (whole[1] / "runs" / "Big_Lips").iterdir()
-    used = loading.load_config(run / folders.CONFIG)
+    used = loading.load_config(run / creating.CONFIG)
     for attribute in ("Chubby", "Male"):
         config = used.model_copy(update={"groupings": [f"Big_Lips:{attribute}"]})
         splits = data_loader.load(config)
@@ -211,8 +211,8 @@ def test_what_cannot_be_collected(whole, tmp_path, capsys):
     shutil.copytree(whole[1] / "runs", folder)
     (run,) = (folder / "Male").iterdir()
     given = ["--collect", str(folder), "--k", "3"]
-    (run / folders.CONFIG).write_text(
-        (run / folders.CONFIG).read_text().replace("epochs: 3\n", "epochs: 4\n")
+    (run / creating.CONFIG).write_text(
+        (run / creating.CONFIG).read_text().replace("epochs: 3\n", "epochs: 4\n")
     )
     assert spurious_matrix.main(given) == 2
     assert (

@@ -13,9 +13,9 @@ from lab.config.loading import validate
 from lab.config.seeds import derive_seed
 from lab.evaluation.losses import LOGISTIC
 from lab.figures import analyses
+from lab.folders import reading
 from lab.methods import scale
 from lab.networks import building
-from lab.runs import reading
 from lab.system.errors import DataError
 from lab.training import loop, schedule, steps
 

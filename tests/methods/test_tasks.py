@@ -24,9 +24,9 @@ from lab.config import loading
 from lab.evaluation import metrics, predictions, selection, shortcuts
 from lab.evaluation.losses import LOGISTIC
 from lab.figures import tables
+from lab.folders import reading
 from lab.methods import entropy
 from lab.networks import building
-from lab.runs import reading
 from lab.splits import groups
 from lab.splits.splits import Split, Splits, Task
 from lab.system.errors import ConfigError, DataError, UserError

@@ -19,10 +19,10 @@ from material import SMALL, assert_equal, at_call, sent
 
 from benchmarks import kill
 from lab.figures import drawing
+from lab.folders import status as run_status
 from lab.retraining import regressions
 from lab.runs import resuming
 from lab.runs import run as run_folder
-from lab.runs import status as run_status
 from lab.system import files
 from lab.system.command import Stopped, exit_code, stop_signals, whole_step
 from lab.training import recording

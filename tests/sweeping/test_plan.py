@@ -188,7 +188,7 @@ def test_the_manifest_and_the_base_are_kept_as_they_were(begin, tmp_path):
 
 
 def test_a_new_sweep_never_takes_an_old_folder(begin, monkeypatch):
-    monkeypatch.setattr(manifests.folders, "now", lambda: "then")
+    monkeypatch.setattr(manifests.creating, "now", lambda: "then")
     assert [begin()[0].name for _ in range(3)] == ["try_then", "try_then_2", "try_then_3"]
 
 

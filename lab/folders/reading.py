@@ -26,7 +26,7 @@ class UnreadableRun(UserError):
 
 
 @dataclass
-class Tables:
+class RunTables:
     """The tables of one run folder; `labels` and `codes` map a group index to its names."""
 
     folder: Path
@@ -102,7 +102,7 @@ def read_config(path: Path) -> dict[str, Any]:
         return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
-def read_run(folder: str | Path) -> Tables:
+def read_run(folder: str | Path) -> RunTables:
     """Read the tables of a run folder. Raises `UnreadableRun`."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -115,7 +115,7 @@ def read_run(folder: str | Path) -> Tables:
     analysis = read_table(folder / "analysis.csv", *columns)
     analysis["pair"] = analysis["pair"].astype(object).fillna("")
     config = read_config(folder / "config_used.yaml")
-    return Tables(folder, config, history, counts, analysis, *group_labels(counts))
+    return RunTables(folder, config, history, counts, analysis, *group_labels(counts))
 
 
 def group_labels(counts: pd.DataFrame) -> tuple[dict[int, str], dict[int, str]]:
