@@ -1,7 +1,8 @@
 """Selection rules: which epoch of a run is the best one, and by what runs are compared."""
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from lab.config.schema import Config
 from lab.splits.splits import Splits
@@ -36,6 +37,17 @@ def selection_metric(splits: Splits, config: Config) -> str:
         return config.best_epoch_by
     few = len(splits.cells) <= FEW_GROUPS or not has_minority(splits)
     return "worst_acc" if few else "minority_acc"
+
+
+def rank(epoch: int, summary: Mapping[str, float], metric: str) -> tuple[bool, float, float, float]:
+    """The sort key of an epoch from its validation summary; the best epoch is the first maximum.
+
+    The untrained network (epoch 0) is worse than any trained one. Ties of the metric go to the
+    higher average accuracy, then to the lower average loss. NaN is worse than any number.
+    """
+    values = (summary[metric], summary["avg_acc"], -summary["avg_loss"])
+    score, average, loss = (-math.inf if math.isnan(value) else value for value in values)
+    return epoch > 0, score, average, loss
 
 
 def has_minority(splits: Splits) -> bool:

@@ -29,17 +29,19 @@ def shrunk(correct, counts) -> np.ndarray:
     """Group accuracies (..., 4) shrunk towards the accuracy of their class.
 
     The class accuracy where it lies in the group's interval, else the interval's end nearer to it;
-    NaN for an empty group. correct, counts: (..., 4) samples that are right, and all, of the groups
-    00, 01, 10, 11; the first two are one class, the last two the other.
+    the class accuracy for an empty group, NaN for an empty class. correct, counts: (..., 4) samples
+    that are right, and all, of the groups 00, 01, 10, 11; the first two are one class, the last two
+    the other.
     """
     correct, counts = np.asarray(correct, dtype=float), np.asarray(counts, dtype=float)
     x, n = (values.reshape(*values.shape[:-1], 2, 2).sum(-1) for values in (correct, counts))
     of_class = x / np.where(n > 0, n, np.nan)
-    return np.clip(np.repeat(of_class, 2, axis=-1), *interval(correct, counts))
+    of_class = np.repeat(of_class, 2, axis=-1)
+    return np.where(counts > 0, np.clip(of_class, *interval(correct, counts)), of_class)
 
 
 def deltas(correct, counts) -> np.ndarray:
-    """δ (...,) in percentage points of the shrunk accuracies; NaN where a group is empty.
+    """δ (...,) in percentage points of the shrunk accuracies; NaN where a class is empty.
 
     correct, counts: see `shrunk`.
     """
@@ -64,6 +66,16 @@ def tallies(right, label, attributes) -> tuple[np.ndarray, np.ndarray]:
         columns += [chosen @ (1 - has), chosen @ has]
     correct, counts = np.stack(columns, axis=-1)
     return correct, counts
+
+
+def copies(counts) -> np.ndarray:
+    """Whether each attribute is a copy (1) or the opposite (-1) of its task, (...,) int; else 0.
+
+    Then no sample goes against the shortcut, and δ, which compares those that do, is 0. counts:
+    (..., 4) samples of the groups 00, 01, 10, 11.
+    """
+    empty = np.asarray(counts) == 0
+    return (empty[..., 1] & empty[..., 2]).astype(int) - (empty[..., 0] & empty[..., 3])
 
 
 def pairs(T: np.ndarray, eps: float) -> list[tuple[int, int]]:

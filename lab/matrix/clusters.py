@@ -25,7 +25,8 @@ def write_clusters(
     """
     k = options["k"]
     Z = shortcuts.standardised(T)
-    cosines = shortcuts.cosines(Z, Z.T)
+    # Rows of T with columns of T, each standardised: Pearson correlations.
+    cosines = shortcuts.cosines(Z, shortcuts.standardised(T.T))
     write_square(folder / "cosine_rows.csv", names, cosines)
     vectors, sigma, d = shortcuts.directions(T, options["gamma"])
     write_square(folder / "cosine_directions.csv", names, shortcuts.cosines(vectors, vectors))

@@ -14,6 +14,8 @@ from lab.system import files
 log = logging.getLogger(f"spurious.{__name__}")
 
 ACCURACIES = "group_accuracies.csv"
+# A shortcut without exception: no sample measures δ, so that it is listed by this mark.
+COPY = {1: "exact", -1: "inverted", 0: ""}
 
 
 def write_accuracies(
@@ -37,23 +39,32 @@ def write_accuracies(
 def write_deltas(folder: Path, eps: float) -> tuple[list[str], np.ndarray]:
     """Write `spurious_matrix.csv` and `spurious_pairs.csv`, from `group_accuracies.csv`.
 
-    Returns the names of the attributes, and T (K, K): δ in percentage points, attribute × task.
+    Pairs whose attribute is a copy of the task come first. Returns the names of the attributes, and
+    T (K, K): δ in percentage points, attribute × task.
     """
     table = pd.read_csv(folder / ACCURACIES)
     names = table["task"].drop_duplicates().tolist()
     shape = (len(names), len(names), 4)
     correct, counts = (table[column].to_numpy().reshape(shape) for column in ("correct", "count"))
     T = shortcuts.deltas(correct, counts).T
+    copies = shortcuts.copies(counts)
+    np.fill_diagonal(T, np.nan)
+    np.fill_diagonal(copies, 0)
     write_square(folder / "spurious_matrix.csv", names, T)
-    found = shortcuts.pairs(T, eps)
+    found = [(int(t), int(a)) for t, a in np.argwhere(copies)]
+    found += [pair for pair in shortcuts.pairs(T, eps) if not copies[pair]]
     write_table(
         folder / "spurious_pairs.csv",
-        ["task", "attribute", "delta"],
-        [[names[t], names[a], T[a, t]] for t, a in found],
+        ["task", "attribute", "delta", "copy"],
+        [[names[t], names[a], T[a, t], COPY[copies[t, a]]] for t, a in found],
     )
-    log.info("%d of %d pairs have δ above %g", len(found), len(names) * (len(names) - 1), eps)
+    count = len(found) - np.count_nonzero(copies)
+    log.info("%d of %d pairs have δ above %g", count, len(names) * (len(names) - 1), eps)
     for t, a in found[:10]:
-        log.info("%6.1f  %s by %s", T[a, t], names[t], names[a])
+        if copies[t, a]:
+            log.warning("%s: %s is its %s copy", names[t], names[a], COPY[copies[t, a]])
+        else:
+            log.info("%6.1f  %s by %s", T[a, t], names[t], names[a])
     return names, T
 
 

@@ -10,8 +10,34 @@ from lab.system import distributed
 from lab.system.errors import DataError
 
 
+def _unknown_flow(self, group_losses, counts) -> list[float]:
+    """NaN for every group: no weights of the groups are known that make up the flow."""
+    return [math.nan] * len(counts)
+
+
+def _unknown_step(self, group_losses) -> list[float]:
+    """NaN for every group: a step follows `batch_loss` only."""
+    return [math.nan] * len(self.counts)
+
+
 class ERM:
-    """Base of all methods. The flow of ERM is -∇R = -Σ π_g ∇R_g."""
+    """Base of all methods. The flow of ERM is -∇R = -Σ π_g ∇R_g.
+
+    A subclass that changes what a step follows (`STEP`) has no known flow until it gives its own
+    `flow_weights`: they are NaN, and the whole split is one batch where others step group by group.
+    """
+
+    STEP = ("batch_loss", "backward", "order", "source")
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        own = vars(cls)
+        if "flow_weights" not in own and any(name in own for name in ERM.STEP):
+            cls.flow_weights = _unknown_flow  # type: ignore[method-assign]
+            if "step_weights" not in own:
+                cls.step_weights = _unknown_step  # type: ignore[method-assign]
+        elif "flow_weights" in own and cls.step_weights is _unknown_step:
+            cls.step_weights = ERM.step_weights  # type: ignore[method-assign]
 
     def __init__(self, config, splits):
         """splits: a `splits.Splits`; raises `DataError` if they do not suit the method."""
@@ -96,9 +122,6 @@ class ERMTarget(ERM):
     @property
     def source(self):
         return self.splits.target
-
-    def flow_weights(self, group_losses, counts) -> list[float]:
-        return [math.nan] * len(counts)  # the gradients are of another split
 
     def step_weights(self, group_losses) -> list[float]:
         return groups.shares(self.source.counts)

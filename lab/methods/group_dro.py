@@ -15,7 +15,9 @@ from lab.system import distributed
 class GroupDRO(ERM):
     """w = q, with q_g ← q_g·exp(η·R_g)/Z before every step; q starts uniform.
 
-    Online R_g is the mean over the batch; a group absent from the batch keeps its q, up to Z.
+    Online R_g is the mean over the batch; a group absent from the batch keeps its q, up to Z, and
+    counts nothing in this step. The flow of online steps is therefore Σ q_g P_g ∇R_g, on average,
+    with P_g the probability that a batch holds a sample of group g.
 
     The state is log q: in long runs the weight of an easy group falls below what a float holds,
     and must still be able to come back. An empty group keeps log q = -inf.
@@ -25,6 +27,12 @@ class GroupDRO(ERM):
         super().__init__(config, splits)
         nonempty = sum(count > 0 for count in self.counts)
         self.log_q = [-math.log(nonempty) if count else -math.inf for count in self.counts]
+
+        self.presence = [1.0] * len(self.counts)
+        size, total = config.train_batch_size, sum(self.counts)
+        online = config.group_batches != "full" or config.network.batch_norm
+        if online and size is not None and size < total:
+            self.presence = [presence(count, total, size) for count in self.counts]
 
     def _next_log_q(self, group_losses) -> list[float]:
         raised = [
@@ -36,6 +44,10 @@ class GroupDRO(ERM):
         return [value - log_z for value in raised]
 
     def flow_weights(self, group_losses, counts) -> list[float]:
+        q = self.step_weights(group_losses)
+        return [weight * p for weight, p in zip(q, self.presence)]
+
+    def step_weights(self, group_losses) -> list[float]:
         return [math.exp(value) for value in self._next_log_q(group_losses)]
 
     def advance(self, group_losses) -> None:
@@ -56,3 +68,15 @@ class GroupDRO(ERM):
 
     def load_state(self, state: dict) -> None:
         self.log_q = state["log_q"]
+
+
+def presence(count: int, total: int, size: int) -> float:
+    """Probability that a batch of an epoch holds a group of `count` of `total` samples.
+
+    An epoch is a random order cut into batches of `size`, the last one perhaps smaller; a batch of
+    b samples misses the group with probability C(total - count, b) / C(total, b).
+    """
+    whole, rest = divmod(total, size)
+    sizes = {size: whole} | ({rest: 1} if rest else {})
+    missed = {b: math.comb(total - count, b) / math.comb(total, b) for b in sizes}
+    return 1 - sum(missed[b] * number for b, number in sizes.items()) / sum(sizes.values())

@@ -20,6 +20,7 @@ from lab.system.errors import DataError
 
 log = logging.getLogger(f"spurious.{__name__}")
 
+EPS = 1e-8  # as in the published code
 # λ of the cosine c.
 MODES = {
     "linear": lambda c: (c + 1) / 2,
@@ -48,9 +49,11 @@ def num_rows(shape, group_size: int) -> int:
 
 
 def cosines(g: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Cosine of every row of g and t (rows, k), (rows,); 0 where one of them vanishes."""
-    norms = g.norm(dim=1) * t.norm(dim=1)
-    return torch.where(norms > 0, (g * t).sum(1) / norms, 0.0)
+    """Cosine of every row of g and t (rows, k), (rows,), with the product of norms at least `EPS`.
+
+    Where one of them is rounding noise the cosine is so close to 0, and the linear λ to 1/2.
+    """
+    return (g * t).sum(1) / (g.norm(dim=1) * t.norm(dim=1)).clamp_min(EPS)
 
 
 class SCALE(ERMTarget):

@@ -31,9 +31,7 @@ def by_regressions(features_of, features, source: Split, val: Split | None, conf
             tuning = tune_on_validation(features, source, features_of(val), val, config)
         else:
             tuning = tune(features, source, config)
-        # Ties go to the smaller C: the options are in increasing order.
-        best = max((row[score] for row in tuning), default=math.nan)
-        c = next((row["c"] for row in tuning if row[score] == best), tuning[0]["c"])
+        c = best_option(tuning, score)
 
     tasks = []
     for i in range(config.dfr_num_retrains if config.dfr_balance else 1):
@@ -42,6 +40,11 @@ def by_regressions(features_of, features, source: Split, val: Split | None, conf
         tasks.append((rows_to_fit(members(source), rng, config), c, seed))
     fits = _fit_all(features, source, tasks, config)
     coefficients = np.mean([found.coefficients for found in fits], axis=0)
+    if not coefficients.any():
+        log.warning(
+            "DFR: all coefficients are 0, so that the layer predicts one class for every sample; "
+            "raise dfr_c_options or take dfr_reg: none"
+        )
     intercept = np.mean([found.intercept for found in fits], axis=0)
     if config.loss.class_outputs and coefficients.ndim == 1:
         # Two outputs with the difference f: their cross entropy is f's logistic loss.
@@ -60,8 +63,22 @@ def by_regressions(features_of, features, source: Split, val: Split | None, conf
     return coefficients, intercept, facts
 
 
+def best_option(tuning: list[dict], score: str) -> float:
+    """The C with the highest score; ties go to the higher mean of the group accuracies.
+
+    Then to the option that is listed first, as in the published code. NaN is lower than any number.
+    """
+
+    def key(row: dict) -> tuple[float, float]:
+        values = (row[score], row["mean_group_acc"])
+        first, second = (-math.inf if math.isnan(value) else value for value in values)
+        return first, second
+
+    return max(tuning, key=key)["c"]
+
+
 def tune(features, split: Split, config: Config) -> list[dict]:
-    """Worst-group accuracy of every C option, [{"c", "worst_acc"}], in increasing C.
+    """Accuracies of every C option, [{"c", "worst_acc", "mean_group_acc"}], as they are listed.
 
     One half, or a group-balanced subset of it, is for fitting, the other half scores; NaN when no
     group has a second sample to score with.
@@ -73,29 +90,38 @@ def tune(features, split: Split, config: Config) -> list[dict]:
     for c, found in _fit_options(features, split, rows_to_fit(fitting, rng, config), config):
         right = _right(found, features, split)
         accuracies = [right[held].mean() for held in scoring if len(held)]
-        table.append({"c": c, "worst_acc": float(min(accuracies, default=math.nan))})
+        worst = float(min(accuracies, default=math.nan))
+        table.append({"c": c, "worst_acc": worst, "mean_group_acc": _mean(accuracies)})
     return table
 
 
 def tune_on_validation(features, split: Split, val_features, val: Split, config: Config):
-    """Validation minority accuracy of every C option, [{"c", "minority_acc"}], in increasing C.
+    """Accuracies on validation data of every C option, as they are listed.
 
-    Fitted on the whole split, or a group-balanced subset of it.
+    [{"c", "minority_acc", "mean_group_acc"}]. Fitted on the whole split, or a group-balanced subset
+    of it.
     """
     rng = np.random.default_rng(derive_seed(config.seed, "dfr", "tune"))
     rows = rows_to_fit(members(split), rng, config)
     minority = val.in_minority.cpu().numpy()
     table = []
     for c, found in _fit_options(features, split, rows, config):
-        right = _right(found, val_features, val)[minority]
-        table.append({"c": c, "minority_acc": float(right.mean()) if len(right) else math.nan})
+        right = _right(found, val_features, val)
+        of_groups = [right[rows].mean() for rows in members(val) if len(rows)]
+        row = {"c": c, "minority_acc": _mean(right[minority])}
+        table.append(row | {"mean_group_acc": _mean(of_groups)})
     return table
 
 
+def _mean(values) -> float:
+    """The mean, NaN of nothing."""
+    return float(np.mean(values)) if len(values) else math.nan
+
+
 def _fit_options(features, split: Split, rows, config: Config):
-    """(C, fit on these rows) for every C option, in increasing C."""
+    """(C, fit on these rows) for every C option, as they are listed."""
     seed = derive_seed(config.seed, "dfr", "solver") % 2**31
-    options = sorted(set(config.dfr_c_options))
+    options = list(dict.fromkeys(config.dfr_c_options))
     return zip(options, _fit_all(features, split, [(rows, c, seed) for c in options], config))
 
 

@@ -35,7 +35,7 @@ from lab.figures.style import (
     share_axis,
     zero_line,
 )
-from lab.figures.tables import analysis_values
+from lab.figures.tables import analysis_splits, analysis_values
 from lab.folders.reading import read_run
 from lab.sweeping import grids
 
@@ -52,12 +52,18 @@ SETTING_STYLES = [
         for colour in (RED, GREEN, BLACK, GREY)
     ),
 ]
+# `total` and its terms are of ∇R, the flow of ERM, whatever the method; `method_total` is of the
+# setting's own method.
 TERMS = {
-    "total": ("total", STYLES[2] | {"linestyle": "-"}),
-    "term1": ("term 1: without bias", STYLES[1]),
-    "term2": ("term 2: marginal imbalance", STYLES[3]),
-    "term3": ("term 3: spurious correlation", STYLES[0] | {"linestyle": "-."}),
+    "method_total": ("total under the setting's method", STYLES[2] | {"linestyle": "-"}),
+    "total": ("total of ERM's flow", STYLES[2] | {"markerfacecolor": "white"}),
+    "term1": ("its term 1: without bias", STYLES[1]),
+    "term2": ("its term 2: marginal imbalance", STYLES[3]),
+    "term3": ("its term 3: spurious correlation", STYLES[0] | {"linestyle": "-."}),
 }
+# The test gap under the training flow: under the flow of a test split without correlation, term 3
+# is 0 by construction.
+SIDES = ("train", "test_under_train")
 
 
 def draw(sweep, ranked: list[int], order: str) -> list[Path]:
@@ -258,12 +264,14 @@ def gap_dynamics(sweep, runs: dict, order: str) -> Figure | None:
     settings, note = few(analysed, ROWS_OF_TERMS, order)
     every = [run for setting in settings for run in runs[setting]]
     pairs = [p for run in every for p in run.analysis.pair[run.analysis.analysis == analysis]]
-    columns = list(product(dict.fromkeys(pairs), ("train", "test")))
+    present = {side for run in every for side in analysis_splits(run, analysis)}
+    sides = [side for side in SIDES if side in present] or ["test"]  # analysis_target: test
+    columns = list(product(dict.fromkeys(pairs), sides))
     size = (1 + 2.7 * len(columns), 1.2 + 2.1 * len(settings))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(settings), len(columns), squeeze=False, sharex=True, sharey="row")
     for ax, (pair, split) in zip(axes[0], columns, strict=True):
-        ax.set_title(f"{pair_label(every[0], *pair.split('_vs_'))}\n{split}")
+        ax.set_title(f"{pair_label(every[0], *pair.split('_vs_'))}\n{SPLIT_TITLES[split]}")
     for row, setting in zip(axes, settings, strict=True):
         for ax, (pair, split) in zip(row, columns, strict=True):
             tables = [analysis_values(run, analysis, split, pair) for run in runs[setting]]

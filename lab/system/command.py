@@ -177,9 +177,13 @@ class _Console(logging.Handler):
         from tqdm import tqdm
 
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(self._text(record), file=sys.stderr)
         except OSError:
-            print_lines(self.format(record))  # replaces the stream
+            print_lines(self._text(record))  # replaces the stream
+
+    def _text(self, record: logging.LogRecord) -> str:
+        text = self.format(record)
+        return f"Warning: {text}" if record.levelno >= logging.WARNING else text
 
 
 @contextmanager

@@ -5,7 +5,6 @@ epoch was recorded; the Gram matrices are in `gram.npz`, since a run leaves them
 """
 
 import logging
-import math
 import zipfile
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ from torch import nn
 
 from lab.analyses import gram
 from lab.config.schema import Config
-from lab.evaluation.selection import selection_metric
+from lab.evaluation.selection import rank, selection_metric
 from lab.methods.erm import ERM
 from lab.splits.splits import Splits
 from lab.system import distributed, files
@@ -96,12 +95,13 @@ class Checkpointer:
         checkpoints.write(self.folder, content)
 
     def keep_best(self, epoch: int, summaries: Summaries, state: State) -> None:
-        """Keep the network in `best.pt` when the validation accuracy is the best so far."""
-        if self.selection_metric is None:
+        """Keep the network in `best.pt` when it is the best so far on validation data."""
+        metric, best = self.selection_metric, state.best
+        if metric is None:
             return
-        score = summaries["val"][self.selection_metric]
-        if score > state.best.get("score", -math.inf):
-            best = {"epoch": epoch, "score": score, "summaries": summaries}
+        old = rank(best["epoch"], best["summaries"]["val"], metric) if best else None
+        if old is None or rank(epoch, summaries["val"], metric) > old:
+            best = {"epoch": epoch, "score": summaries["val"][metric], "summaries": summaries}
             if self.run.leads:
                 content = best | {"model": self.model.state_dict(), "data": self.data}
                 checkpoints.write_best(self.folder, content)

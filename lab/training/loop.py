@@ -80,6 +80,6 @@ def train(
     except Diverged:
         checkpointer.write_grams(state)
         raise
-    recorder.end(state.epoch)
+    recorder.end(state.epoch, state.summaries)
     checkpointer.write_weights()
     return state.summaries, state.best

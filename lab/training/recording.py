@@ -1,7 +1,10 @@
 """What is evaluated and written at the end of every epoch."""
 
+import logging
 import math
 from typing import Any
+
+import torch
 
 from lab.analyses.measuring import Analyses, Measurement
 from lab.config.schema import Config
@@ -12,6 +15,8 @@ from lab.system.errors import UserError
 from lab.training.run import Run
 from lab.training.state import Summaries
 from lab.training.steps import is_plain_step
+
+log = logging.getLogger(f"spurious.{__name__}")
 
 
 class Diverged(UserError):
@@ -29,6 +34,7 @@ class Recorder:
         self.loss = config.loss.load()
         self.analyses = Analyses(config, splits)
         self.plain_step = is_plain_step(config, method)
+        self.train_outputs: torch.Tensor | None = None  # of the last epoch
 
     def record(self, epoch: int, before: Summaries) -> tuple[Summaries, Measurement]:
         """The rows of an epoch; returns what they are from.
@@ -45,14 +51,18 @@ class Recorder:
         if not math.isfinite(loss):
             raise _diverged(epoch, loss, self.config.learning_rate)
         losses = metrics.group_losses(summaries["train"])
+        if epoch == 0:
+            self.warn(epoch, summaries["train"]["avg_acc"])
         self.run.analysis(self.analyses.rows(measurement, self.method, losses))
         if not self.plain_step:
             self._write_unknown(epoch)
         self._write_method(epoch)
         return summaries, measurement
 
-    def end(self, epoch: int) -> None:
-        """The row that is still missing when training ends after this epoch."""
+    def end(self, epoch: int, summaries: Summaries) -> None:
+        """The rows and warnings that are still missing when training ends after this epoch."""
+        if epoch > 0:
+            self.warn(epoch, summaries["train"]["avg_acc"])
         if self.plain_step:
             # A longer run, resumed from the last checkpoint, measures it.
             self._write_unknown(epoch)
@@ -70,7 +80,35 @@ class Recorder:
             else:
                 found = metrics.summary(f, split, self.loss, train.shares)
             summaries[name] = found
+            if name == "train":
+                self.train_outputs = f
         return summaries
+
+    def warn(self, epoch: int, average: float) -> None:
+        """Report outputs on training data that are no predictions.
+
+        average: the training accuracy. Before training these are outputs that are all 0, each
+        wrong (see `metrics.correct`); after it also one class for every sample, or an accuracy
+        below half of what guessing gives.
+        """
+        f = self.train_outputs
+        if f is None:  # nothing was evaluated: the run was finished before it was resumed
+            return
+        if not f.any():
+            level = logging.WARNING if epoch else logging.INFO
+            log.log(
+                level,
+                "Epoch %d: all outputs are 0, so that no class is predicted and all is wrong",
+                epoch,
+            )
+            return
+        if not epoch or len(self.splits.tasks) > 1:
+            return
+        classes = f.argmax(1) if self.config.loss.class_outputs else f > 0
+        if (classes == classes[0]).all() and len(self.splits.train.y.unique()) > 1:
+            log.warning("Epoch %d: the network predicts one class for all training samples", epoch)
+        elif average < 0.5 / self.splits.num_classes:
+            log.warning("Epoch %d: the training accuracy is %.3f, below chance", epoch, average)
 
     def _write_history(self, epoch: int, summaries: Summaries) -> None:
         """The row of `training_history.csv`, and the last layer's histograms."""

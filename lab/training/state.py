@@ -19,7 +19,7 @@ class State:
     epoch: the last one that is recorded, -1 before the first; step: steps done since then;
     summaries, table_sizes: of that epoch, and of the tables then; lowest: (validation loss, epoch)
     of the smallest validation loss so far; best: epoch, score and summaries of the best epoch on
-    validation data, {} while there is none; grams: Gram matrices by epoch.
+    validation data, {} without such data; grams: Gram matrices by epoch.
     """
 
     epoch: int = -1

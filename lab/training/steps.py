@@ -1,5 +1,6 @@
 """The steps of an epoch: random batches, or one step on the whole split, along the method."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -54,11 +55,14 @@ def takes_full_batch(config: Config, method: ERM) -> bool:
     """Whether an epoch is one step on the whole split.
 
     Not with batch norm, which needs the groups mixed: there the whole split is one batch; nor where
-    samples are weighted by drawing them, or several tasks are weighted.
+    samples are weighted by drawing them, several tasks are weighted, or the method has no weights
+    of groups for a step.
     """
     size = config.train_batch_size
     drawn = config.method.draws_samples
     if config.network.batch_norm or drawn or len(method.splits.tasks) > 1:
+        return False
+    if any(math.isnan(weight) for weight in method.step_weights([0.0] * len(method.counts))):
         return False
     by_groups = config.method.weights_groups and config.group_batches == "full"
     return by_groups or size is None or size >= len(method.source)

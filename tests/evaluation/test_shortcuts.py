@@ -19,9 +19,12 @@ def slow_delta(correct, counts) -> float:
     shrunk = []
     for group in range(4):
         partner = group ^ 1  # the class's other group
-        if not counts[group]:
+        if not counts[group] + counts[partner]:
             return math.nan
         of_class = (correct[group] + correct[partner]) / (counts[group] + counts[partner])
+        if not counts[group]:
+            shrunk.append(of_class)
+            continue
         z = stats.norm.ppf(0.975)
         n = counts[group] + z**2
         p = (correct[group] + z**2 / 2) / n
@@ -48,11 +51,11 @@ def test_a_shrunk_accuracy_is_between_the_group_s_and_the_class_s(tallies):
     correct, counts = np.array(tallies).T
     found = shortcuts.shrunk(correct, counts)
     for g in range(4):
-        if not counts[g]:
+        pair = [g, g ^ 1]
+        if not counts[pair].sum():
             assert math.isnan(found[g])
             continue
-        own = correct[g] / counts[g]
-        pair = [g, g ^ 1]
+        own = correct[g] / counts[g] if counts[g] else found[g]
         ends = sorted([own, correct[pair].sum() / counts[pair].sum()])
         assert ends[0] - 1e-12 <= found[g] <= ends[1] + 1e-12
 
@@ -65,7 +68,11 @@ def test_delta_by_hand():
     # One sample says nothing: its interval holds any class accuracy from 0.21 on.
     assert shortcuts.delta([95, 0, 50, 50], [100, 1, 100, 100]) > 0
     assert shortcuts.delta([95, 1, 50, 50], [100, 1, 100, 100]) == 0
-    assert math.isnan(shortcuts.delta([9, 0, 9, 9], [10, 0, 10, 10]))
+    # No sample says no more than one: δ does not jump where a group becomes empty.
+    assert shortcuts.delta([95, 0, 50, 80], [100, 0, 100, 100]) == pytest.approx(
+        shortcuts.delta([95, 1, 50, 80], [100, 1, 100, 100]), abs=0.1
+    )
+    assert shortcuts.delta([95, 0, 50, 80], [100, 0, 100, 100]) > 5
     assert math.isnan(shortcuts.delta([0, 0, 9, 9], [0, 0, 10, 10]))
 
 
@@ -91,7 +98,7 @@ def test_tallies_against_a_loop():
             assert counts[k, g] == members.sum()
             assert correct[k, g] == right[members].sum()
     assert counts[2, 1] == counts[2, 2] == 0  # a task with itself
-    assert np.isnan(shortcuts.deltas(correct, counts)[2])
+    assert shortcuts.deltas(correct, counts)[2] == 0
 
 
 T = np.array([[np.nan, 50.0, 1.0], [40.0, np.nan, 50.0], [0.0, 33.0, np.nan]])
@@ -156,3 +163,8 @@ def test_neither_torch_nor_sklearn_is_imported():
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_copies_of_a_task_are_recognised():
+    counts = [[[5, 0, 0, 7], [0, 5, 7, 0]], [[5, 1, 0, 7], [5, 0, 7, 0]]]
+    assert shortcuts.copies(counts).tolist() == [[1, -1], [0, 0]]

@@ -28,7 +28,7 @@ from lab.folders import creating
 from lab.folders import status as run_status
 from lab.matrix import figures as matrix_plots
 from lab.matrix import heads as batched_heads
-from lab.matrix import settings, training
+from lab.matrix import settings, tables, training
 from lab.matrix.collecting import attributes_of
 from lab.networks import building, picture_nets
 from lab.training import loop
@@ -144,6 +144,12 @@ def test_tables_and_figures_follow(whole):
     for clusters in partitions:
         assert len(clusters) == 3
         assert sorted(itertools.chain(*clusters)) == sorted(NAMES)
+    T = pd.read_csv(folder / "spurious_matrix.csv", index_col="attribute").fillna(0).to_numpy()
+    rows = pd.read_csv(folder / "cosine_rows.csv", index_col="attribute").to_numpy()
+    size = len(NAMES)
+    with np.errstate(invalid="ignore"):  # constant rows, whose entries are 0 in the table
+        pearson = np.corrcoef(T, T.T)[:size, size:]  # of row i with column j
+    np.testing.assert_allclose(rows, np.nan_to_num(pearson), atol=1e-12)
     squares = np.square(found["directions"]["singular_values"])
     d = found["directions"]["d"]
     assert squares[: d - 1].sum() < 0.9 * squares.sum() <= squares[:d].sum() + 1e-9
@@ -452,3 +458,19 @@ def test_the_sweep_has_a_job_for_every_attribute():
     names = celeba_standin.NAMES
     wanted = [[settings.grouping(names, name)] for name in names]
     assert sweep["grid"]["groupings"] == wanted
+
+
+def test_a_copy_of_an_attribute_is_listed_first(tmp_path, caplog):
+    """Task A has B as an exact copy, and C as a strong shortcut; no sample measures δ of A by B."""
+    copied, strong, weak = [50, 0, 0, 50], [40, 10, 10, 40], [25, 25, 25, 25]
+    counts = np.array([[copied, copied, strong], [copied, copied, weak], [strong, weak, copied]])
+    correct = np.where(counts == 10, 0, counts)
+    tables.write_accuracies(tmp_path, ["A", "B", "C"], correct, counts)
+    with caplog.at_level("INFO"):
+        tables.write_deltas(tmp_path, 10)
+    pairs = pd.read_csv(tmp_path / "spurious_pairs.csv", keep_default_na=False)
+    assert pairs["copy"].tolist() == ["exact", "exact", "", ""]
+    assert pairs["task"].tolist()[:2] == ["A", "B"] and set(pairs["task"][2:]) == {"A", "C"}
+    assert "A: B is its exact copy" in caplog.text
+    square = pd.read_csv(tmp_path / "spurious_matrix.csv", index_col="attribute").to_numpy()
+    assert np.isnan(np.diag(square)).all() and np.isfinite(square).sum() == 6

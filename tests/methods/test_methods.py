@@ -10,6 +10,7 @@ from lab import methods
 from lab.config.loading import validate
 from lab.evaluation import metrics, predictions
 from lab.evaluation.losses import LOGISTIC
+from lab.methods.erm import ERM
 from lab.networks import building
 from lab.training import loop, schedule, steps
 
@@ -33,6 +34,51 @@ def test_q_of_group_dro_by_hand():
         assert dro.flow_weights(losses, dro.counts) == pytest.approx(q, rel=1e-12)
         dro.advance(losses)
     assert [math.exp(value) for value in dro.state()["log_q"]] == pytest.approx(q, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [4, 7, 30])
+def test_the_flow_of_online_group_dro_is_that_of_its_batches(size):
+    """Mean weights over many shuffled epochs, with steps so small that q stays as it is."""
+    keys = {"dro_eta_q": 1e-6, "group_batches": "mini", "train_batch_size": size}
+    dro = method("GroupDRO", **keys)
+    dro.advance([1e6, 2e6, 0.0, 1e6])  # q = (e, e², 1, e)/Z
+    losses = [0.5] * 4
+    group = torch.arange(4).repeat_interleave(torch.tensor(dro.counts))
+    sums, batches = torch.zeros(4, dtype=torch.float64), 0
+    for epoch in range(3000):
+        order = torch.randperm(30, generator=torch.Generator().manual_seed(epoch))
+        for batch in order.split(size):
+            values = torch.full((len(batch),), 0.5, dtype=torch.float64, requires_grad=True)
+            dro.batch_loss(values, group[batch]).backward()
+            # ∂(Σ q_g mean_g)/∂ℓ_i = q_g/n_g(batch): its sum over the group is the weight of ∇R_g.
+            sums.index_add_(0, group[batch], values.grad)
+            batches += 1
+    assert dro.flow_weights(losses, dro.counts) == pytest.approx(
+        (sums / batches).tolist(), abs=0.01
+    )
+    assert sum(dro.step_weights(losses)) == pytest.approx(1)
+
+
+def test_a_method_that_changes_the_loss_has_no_known_flow():
+    class Squared(ERM):
+        def batch_loss(self, losses, group):
+            return super().batch_loss(losses**2, group)
+
+    class Known(Squared):
+        def batch_loss(self, losses, group):
+            return super().batch_loss(losses, group)
+
+        def flow_weights(self, group_losses, counts):
+            return [0.25] * len(counts)
+
+    config, splits = validate({"train_batch_size": None}), make_splits()
+    squared, known = Squared(config, splits), Known(config, splits)
+    assert all(math.isnan(w) for w in squared.flow_weights([1.0] * 4, (1, 2, 3, 4)))
+    assert known.flow_weights([1.0] * 4, (1, 2, 3, 4)) == [0.25] * 4
+    # Stepping group by group would leave its loss out.
+    assert not steps.takes_full_batch(config, squared)
+    assert steps.takes_full_batch(config, known)
+    assert steps.takes_full_batch(config, ERM(config, splits))
 
 
 def test_q_of_an_empty_group_stays_zero_and_its_nan_loss_does_no_harm():

@@ -77,13 +77,12 @@ def written_out(net, train_head, batches, loss, mode, kernels_of_a_row, config):
                 for row in rows:
                     a = torch.cat([gradient[o, i].flatten() for o, i in row])
                     b = torch.cat([target[o, i].flatten() for o, i in row])
-                    norms = a.norm() * b.norm()
-                    c = float(a @ b / norms) if norms else 0.0  # of units that are dead
+                    c = float(a @ b / max(a.norm() * b.norm(), 1e-8))
                     cosines.append(c)
                     for o, i in row:
                         new[o, i] = LAMBDA[mode](c) * gradient[o, i] + target[o, i]
             else:
-                c = float((gradient * target).sum() / (gradient.norm() * target.norm()))
+                c = float((gradient * target).sum() / max(gradient.norm() * target.norm(), 1e-8))
                 cosines, new = [c], LAMBDA[mode](c) * gradient + target
             direction[name] = new
             seen.setdefault(name, []).append(sum(cosines) / len(cosines))
@@ -155,6 +154,8 @@ def test_a_vanishing_gradient_has_cosine_zero():
     g = torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]])
     t = torch.tensor([[0.0, 0.0], [0.0, 0.0], [-2.0, -2.0]])
     assert scale.cosines(g, t).tolist() == pytest.approx([0, 0, -1])
+    noise = 1e-12 * torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    assert scale.MODES["linear"](scale.cosines(noise, -noise)).tolist() == pytest.approx([0.5] * 5)
 
 
 def test_without_train_gradients_it_is_erm_on_the_target_batches(monkeypatch):

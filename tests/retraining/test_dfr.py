@@ -1,6 +1,7 @@
 """DFR against a direct scikit-learn run, and its edge cases."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_tuning_fits_one_half_and_scores_the_other(settings, monkeypatch):
     X[:, 0] += splits.dfr.y.numpy()
     tasks = spy_on_fits(monkeypatch)
     table = regressions.tune(X, splits.dfr, config)
-    assert [row["c"] for row in table] == [0.01, 0.3, 3.0]
+    assert [row["c"] for row in table] == [3.0, 0.01, 0.3]  # as they are listed
     seeded = np.random.default_rng(derive_seed(config.seed, "dfr", "tune"))
     fitting, scoring = fitting_and_scoring(splits.dfr, seeded, [10, 4, 4, 12])
     assert [len(rows) for rows in fitting] == [10, 4, 5, 12]
@@ -113,14 +114,34 @@ def test_tuning_fits_one_half_and_scores_the_other(settings, monkeypatch):
         twin = LogisticRegression(
             solver="liblinear", l1_ratio=1, C=c, max_iter=1000, random_state=seed
         ).fit(X[rows], y[rows])
-        assert row["worst_acc"] == min(twin.score(X[held], y[held]) for held in scoring)
+        right = twin.decision_function(X) * y > 0  # an output of exactly 0 is wrong
+        accuracies = [right[held].mean() for held in scoring]
+        assert row["worst_acc"] == min(accuracies)
+        assert row["mean_group_acc"] == pytest.approx(sum(accuracies) / 4)
 
 
-def test_ties_go_to_the_smaller_c(settings, monkeypatch):
-    net, splits, config = problem(settings, dfr_c_options=[5.0, 0.2, 1.0])
-    tied = [{"c": c, "worst_acc": s} for c, s in ((0.2, 0.5), (1.0, 0.75), (5.0, 0.75))]
-    monkeypatch.setattr(regressions, "tune", lambda *_: tied)
-    assert dfr.retrain(net, splits, config)[1]["c"] == 1.0
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([(5.0, 0.5, 0.9), (0.2, 0.75, 0.8), (1.0, 0.75, 0.8)], 0.2),  # the first listed
+        ([(5.0, 0.75, 0.8), (0.2, 0.75, 0.9), (1.0, 0.75, 0.85)], 0.2),  # the higher mean
+        ([(0.05, 0.0, 0.0), (1.0, 0.0, 0.42)], 1.0),  # no all-zero head beside a usable one
+        ([(5.0, math.nan, 0.9), (1.0, 0.1, 0.2)], 1.0),
+        ([(5.0, math.nan, math.nan), (1.0, math.nan, math.nan)], 5.0),
+    ],
+)
+def test_ties_of_c(settings, monkeypatch, rows, expected):
+    net, splits, config = problem(settings, dfr_c_options=[row[0] for row in rows])
+    table = [{"c": c, "worst_acc": worst, "mean_group_acc": mean} for c, worst, mean in rows]
+    monkeypatch.setattr(regressions, "tune", lambda *_: table)
+    assert dfr.retrain(net, splits, config)[1]["c"] == expected
+
+
+def test_a_head_without_coefficients_warns(settings, caplog):
+    net, splits, config = problem(settings, dfr_c_options=[1e-9])
+    _, results = dfr.retrain(net, splits, config)
+    assert results["nonzero_coefficients"] == 0
+    assert "all coefficients are 0" in caplog.text
 
 
 def test_workers_do_not_change_the_result(settings):
@@ -242,14 +263,18 @@ def test_the_target_set_against_a_direct_run(settings, monkeypatch, penalty):
 
     X, y = features(splits.target), splits.target.y.numpy()
     wrong_digit = (splits.val.y != splits.val.a).numpy()
-    scores = []
+    scores, means = [], []
     for (_, c, seed), row in zip(tasks, results["tuning"]):
         twin = OneVsRestClassifier(solver(penalty, c, seed)).fit(X, y)
         guess = twin.predict(features(splits.val)[wrong_digit])
         scores.append((guess == splits.val.y.numpy()[wrong_digit]).mean())
-        assert row == {"c": c, "minority_acc": pytest.approx(scores[-1])}
+        right = twin.predict(features(splits.val)) == splits.val.y.numpy()
+        of_groups = [right[part].mean() for part in splits.val.slices if part.stop > part.start]
+        means.append(np.mean(of_groups))
+        expected_row = {"c": c, "minority_acc": scores[-1], "mean_group_acc": np.mean(of_groups)}
+        assert row == pytest.approx(expected_row)
     assert len(set(scores)) > 1
-    assert results["c"] == options[int(np.argmax(scores))]
+    assert results["c"] == max(zip(scores, means, [-i for i in range(3)], options))[3]
     assert results["tuned_for"] == "minority_acc"
 
     seed = tasks[-1][2]
