@@ -30,13 +30,15 @@ SPLITTING = (
 
 def main(argv: list[str] | None = None) -> int:
     """`python dfr.py --run results/<run>`: retrain a trained run again; returns the exit code."""
-    from lab.system.command import Parser, console_log, exit_code
+    from lab.system.command import Parser, console_log, exit_code, folder_name, print_lines
 
     parser = Parser(
         prog="python dfr.py",
         description="Deep feature reweighting of a trained run, without training it again.",
     )
-    parser.add_argument("--run", required=True, metavar="FOLDER", help="results/<run>")
+    parser.add_argument(
+        "--run", required=True, type=folder_name, metavar="FOLDER", help="results/<run>"
+    )
     parser.add_argument(
         "--compare", action="store_true", help="retrain with both solvers, results in one table"
     )
@@ -51,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
         retrain_as_asked = compare_solvers if arguments.compare else retrain_run
         with console_log():
-            print(f"Results: {retrain_as_asked(Path(arguments.run), arguments.overrides)}")
+            place = retrain_as_asked(Path(arguments.run), arguments.overrides)
+            print_lines(f"Results: {place}", stream="stdout")
 
     return exit_code(again)
 
@@ -115,6 +118,14 @@ def _open(folder: Path, overrides) -> OpenedRun:
     if wrong:
         raise ConfigError(
             *(f"{given}: allowed: keys of DFR, but not {', '.join(SPLITTING)}" for given in wrong)
+        )
+    plugins = [given for given in overrides if given.startswith("plugins=")]
+    trained = open_run(folder, plugins).config
+    split_off = trained.dfr_val_split_strategy == "split_from_train"
+    if split_off and not trained.dfr_val_ratio and not trained.data_set.retrains_on_train:
+        raise ConfigError(
+            f"dfr_val_ratio: is 0 in {folder}, so that nothing was set aside for DFR; allowed: a "
+            "run trained with use_dfr=true or dfr_val_ratio=0.2"
         )
     return open_run(folder, [*overrides, "use_dfr=true"])
 

@@ -19,7 +19,7 @@ from lab.config.schema import Config
 from lab.features import cache
 from lab.features.extraction import Extractor, unwritable
 from lab.system import devices, distributed
-from lab.system.command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code
+from lab.system.command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, print_lines
 from lab.system.errors import ConfigError
 
 __all__ = ["Extractor", "main"]
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
                 )
             except OSError as error:
                 raise unwritable(folder, error) from None
-            print("\n".join(lines))
+            print_lines(*lines, stream="stdout")
             return
         if not config.use_feature_extractor:
             raise ConfigError(

@@ -17,7 +17,14 @@ from pathlib import Path
 from lab.config import document, loading, records
 from lab.config.registry import Catalogue, Figure, imported
 from lab.config.schema import Config
-from lab.system.command import DEFAULT_CONFIG_FILE, Parser, console_log, exit_code, print_lines
+from lab.system.command import (
+    DEFAULT_CONFIG_FILE,
+    Parser,
+    console_log,
+    exit_code,
+    folder_name,
+    print_lines,
+)
 
 log = logging.getLogger("spurious.main")
 
@@ -130,8 +137,9 @@ def main(argv: list[str] | None = None) -> int:
     def experiment() -> None:
         arguments = _parser().parse_args(argv)
         if arguments.help:
-            print(_parser().format_help() + "\nKeys, with their defaults:\n")
-            print(document.help_text(_records_for_help(arguments)))
+            keys = document.help_text(_records_for_help(arguments))
+            usage = _parser().format_help() + "\nKeys, with their defaults:\n"
+            print_lines(usage, keys, stream="stdout")
             return
         resume = None
         if arguments.resume:
@@ -179,7 +187,10 @@ def _parser() -> Parser:
     )
     parser.add_argument("-h", "--help", action="store_true", help="show every key and stop")
     parser.add_argument(
-        "--resume", metavar="FOLDER", help="continue an interrupted run, results/<run>"
+        "--resume",
+        type=folder_name,
+        metavar="FOLDER",
+        help="continue an interrupted run, results/<run>",
     )
     parser.add_config_arguments()
     return parser

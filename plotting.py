@@ -33,8 +33,8 @@ from pathlib import Path
 
 from lab.config import loading, plugins
 from lab.config.registry import Figure
-from lab.figures.drawing import FORMATS, draw
-from lab.system.command import Parser, exit_code, print_lines
+from lab.figures.drawing import FORMATS, draw, without_figure
+from lab.system.command import Parser, exit_code, folder_name, print_lines
 from lab.system.errors import ConfigError, UserError
 
 
@@ -48,8 +48,14 @@ def main(argv: list[str] | None = None) -> int:
                 from lab.runs.explaining import explain  # with torch and the networks
 
                 explain(Path(given.folder))
-            paths = draw(given.folder, given.format, _further(given))
+            further = _further(given)
+            paths = draw(given.folder, given.format, further)
             print_lines(*map(str, paths), stream="stdout")
+            if names := without_figure(given.folder, further):
+                print_lines(
+                    f"Not drawn: {', '.join(names)}; its figure comes from a plugin: repeat "
+                    "plugins=[…]"
+                )
         except OSError as error:  # such as a file in the place of the folder for plots
             raise UserError(str(error)) from error
 
@@ -73,7 +79,7 @@ def _parser() -> Parser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", help="results/<run>")
+    parser.add_argument("folder", type=folder_name, help="results/<run>")
     parser.add_argument(
         "overrides", nargs="*", metavar="plugins=[FILE, …]", help="plugins with further figures"
     )

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from lab.sweeping import launch, manifests, plan, states
-from lab.system.command import Parser, exit_code, print_lines
+from lab.system.command import Parser, exit_code, folder_name, print_lines
 from lab.system.errors import ConfigError
 
 FOLDERS = ("status", "resume", "collect")
@@ -104,9 +104,15 @@ def _arguments(argv: list[str]):
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings for all jobs, over the base"
     )
-    parser.add_argument("--status", metavar="FOLDER", help="show how far a sweep is")
-    parser.add_argument("--resume", metavar="FOLDER", help="run what is missing or has failed")
-    parser.add_argument("--collect", metavar="FOLDER", help="tables and plots of a sweep")
+    parser.add_argument(
+        "--status", type=folder_name, metavar="FOLDER", help="show how far a sweep is"
+    )
+    parser.add_argument(
+        "--resume", type=folder_name, metavar="FOLDER", help="run what is missing or has failed"
+    )
+    parser.add_argument(
+        "--collect", type=folder_name, metavar="FOLDER", help="tables and plots of a sweep"
+    )
     parser.add_argument("--cluster", choices=CLUSTERS, help="where jobs run (default: local)")
     parser.add_argument(
         "--jobs", type=int, metavar="N", help="local: jobs at once (default: by cores and memory)"
@@ -115,6 +121,8 @@ def _arguments(argv: list[str]):
         parser.add_argument(f"--{name}", type=kind, metavar="…", help=f"slurm: {allowed}")
     given = parser.parse_intermixed_args(argv)
     problems = []
+    if given.file and "=" in given.file:
+        raise ConfigError(f"{given.file}: settings are allowed with a sweep file only")
     if sum(bool(getattr(given, name)) for name in ("file", *FOLDERS)) != 1:
         problems.append(
             "command line: allowed: one of a sweep file, --status, --resume and --collect"

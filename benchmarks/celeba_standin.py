@@ -8,9 +8,9 @@ fainter than the shortcut's and so noisy that it shows the label in only 84 % of
 network learns the shortcut first, and gains by it. All others are independent and clear.
 """
 
+import argparse
 import csv
 import io
-import sys
 import zipfile
 from pathlib import Path
 
@@ -130,4 +130,8 @@ def _csv(header, files, values) -> str:
 
 
 if __name__ == "__main__":
-    write(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 6000)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="data folder, in which celeba/ is made")
+    parser.add_argument("faces", type=int, nargs="?", default=6000, help="how many (default: 6000)")
+    given = parser.parse_args()
+    write(given.folder, given.faces)

@@ -7,6 +7,7 @@ until it is done, its tables must equal the uninterrupted run's byte for byte, a
 it had reported before must be present. Prints one line per kill; exit code 1 if anything differs.
 """
 
+import argparse
 import json
 import multiprocessing
 import random
@@ -176,4 +177,8 @@ def main(kills: int = 50, seed: int = 0) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(bool(main(*map(int, sys.argv[1:]))))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kills", type=int, nargs="?", default=50, help="how many (default: 50)")
+    parser.add_argument("seed", type=int, nargs="?", default=0, help="of the moments (default: 0)")
+    given = parser.parse_args()
+    sys.exit(bool(main(given.kills, given.seed)))

@@ -100,6 +100,28 @@ def test_the_focal_loss_is_that_of_the_paper(tmp_path, settings):
     torch.testing.assert_close(method.batch_loss(losses, None), expected)
 
 
+def test_on_the_whole_split_a_method_follows_its_own_loss(go, tmp_path):
+    """One batch of all samples with the gradient of the method's loss, not a step of ERM."""
+    given = ["--config", "c.yaml", "train_batch_size=null", "epochs=2", "use_dfr=false"]
+    small = ["num_train_samples=60", "num_test_samples=20", "hidden_dim=4", "wandb.enable=false"]
+    losses = {}
+    for name in ("None", "Focal"):
+        place = f"results_dir={tmp_path / name}"
+        assert main.main([*given, *small, place, f"debias_method={name}"]) == 0
+        (folder,) = (tmp_path / name).iterdir()
+        losses[name] = pd.read_csv(folder / "training_history.csv")["train_avg_loss"]
+        weights = pd.read_csv(folder / "training_history.csv")["flow_weight_0"]
+        assert weights.isna().all() == (name == "Focal")
+    assert losses["None"][0] == losses["Focal"][0] and losses["None"][2] != losses["Focal"][2]
+
+
+def test_a_plugin_named_twice(tmp_path, capsys):
+    (tmp_path / "p.py").write_text("RECORDS = []\n")
+    (tmp_path / "c.yaml").write_text("plugins: [p.py, p.py]\n")
+    assert main.main(["--config", str(tmp_path / "c.yaml")]) == 2
+    assert "p.py: named twice; allowed: once" in capsys.readouterr().err
+
+
 def test_a_sweep_over_a_plugins_key(go, tmp_path, capsys):
     (tmp_path / "s.yaml").write_text(
         "config: c.yaml\nseeds: 1\ngrid:\n  debias_method: [Focal]\n  focal_gamma: [0.0, 2.0]\n"
@@ -116,6 +138,12 @@ def test_help_has_the_keys_of_plugins(go, capsys):
     assert main.main(["--help", "--config", "c.yaml"]) == 0
     out = capsys.readouterr().out
     assert "focal_gamma = 2.0" in out and "- Blobs: Gaussian blobs" in out
+
+
+METHOD = (
+    "from lab.config.registry import Method\nfrom lab.config.keys import own\n"
+    "RECORDS = [Method('M', 'x', code=int, keys={{{}}})]\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +163,14 @@ def test_help_has_the_keys_of_plugins(go, capsys):
             "from lab.config.registry import Method\nfrom lab.config.keys import own\n"
             "RECORDS = [Method('M', 'x', code=int, keys={'epochs': own(int, 1, 'x')})]\n",
             "the key epochs of M exists already",
+        ),
+        (METHOD.format("'f': own(int, 1, 'x', min=1)"), "TypeError: own: given min; allowed"),
+        (METHOD.format("'f': own(float, 0.5, 'x', ge=1)"), "the default 0.5 of the key f is not"),
+        (METHOD.format("'f': own(int, 1.0, 'x')"), "the default 1.0 of the key f is not"),
+        (METHOD.format("'f-g': own(int, 1, 'x')"), "line 3: ValueError: 'f-g': a name is a letter"),
+        (
+            "from lab.config.registry import DataSet\nDataSet('D', 'x', inputs='vector')\n",
+            "line 2: ValueError: inputs: given 'vector'; allowed: pictures, vectors",
         ),
         (None, "p.py: no such file"),
     ],

@@ -5,6 +5,7 @@ What only one data set or method checks belongs to its record, see `lab.config.r
 
 from collections.abc import Iterator
 
+from lab.config import defaults
 from lab.config.keys import PAIRS
 from lab.config.registry import (
     Analysis,
@@ -33,6 +34,18 @@ class Values(Chosen):
         if name not in self._values:
             raise _Wrong
         return self._values[name]
+
+
+def chosen_first(values: dict, catalogue: Catalogue) -> dict:
+    """{key: what its `auto` or null stands for}, of the keys that checks read."""
+    chosen: dict = {}
+    for name, value in defaults.FIRST.items():
+        if name in values and defaults.is_unset(name, values[name]):
+            try:
+                chosen[name] = value(Values(values | chosen, catalogue))
+            except _Wrong:  # it follows from a key whose value is wrong by itself
+                del values[name]
+    return chosen
 
 
 def problems(c: Values) -> list[str]:

@@ -122,6 +122,11 @@ CONDITIONS: list[tuple[When, tuple[str, ...]]] = [
 ]  # fmt: skip
 
 
+def has_effect(config: Config, name: str) -> bool:
+    """Whether a key has an effect with these settings."""
+    return not without_effect(config, [name])
+
+
 def without_effect(config: Config, given) -> list[str]:
     """Given keys without effect here, one entry a reason: `a, b (only for SCALE)`."""
     idle: dict[str, list[str]] = {}

@@ -6,7 +6,7 @@ table of keys says where the type alone does not say it well is in `ALLOWED`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pydantic.fields import FieldInfo
@@ -16,6 +16,18 @@ Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Moment = Annotated[float, Field(ge=-1, le=1)]
 Rate = Annotated[float, Field(gt=0, le=1e6)]
+Ratio = Annotated[float, Field(ge=0, lt=1)]
+# Where auto or null follows from other settings (`lab.config.defaults`): a configuration holds what
+# it stands for, so that the code never meets it.
+if TYPE_CHECKING:
+    CountOrAuto = int | None
+    SamplesOrAuto = int | None
+    ChosenRate = float
+    ChosenRatio = float
+    ChosenName = str
+else:
+    CountOrAuto, SamplesOrAuto = (kind | Literal["auto"] | None for kind in (Count, Samples))
+    ChosenRate, ChosenRatio, ChosenName = Rate | None, Ratio | None, str | None
 Decay = Annotated[float, Field(ge=0, le=1e3)]
 Epoch = Annotated[int, Field(ge=0, le=1_000_000)]
 Epochs = Annotated[list[Epoch], Field(max_length=1000)] | None
@@ -80,6 +92,8 @@ def own(type_: Any, default: Any, meaning: str, allowed: str | None = None, *,
     no text for numbers, no true for 1; bounds: ge, gt, le, lt for numbers; when: a condition
     besides the record being the configured one.
     """
+    if wrong := set(bounds) - {"ge", "gt", "le", "lt"}:
+        raise TypeError(f"own: given {', '.join(sorted(wrong))}; allowed as bounds: ge, gt, le, lt")
     if bounds:
         type_ = Annotated[type_, Field(**bounds)]
     return Key(type_, key(default, meaning, allowed), when)

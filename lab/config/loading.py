@@ -1,20 +1,24 @@
 """From a YAML file and overrides to a `Config`, or to one error with every problem at once."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from lab.config import checks, effects, plugins, records, strict_yaml
+from lab.config import checks, defaults, effects, plugins, records, strict_yaml
 from lab.config.messages import PROBLEMS, of_error
 from lab.config.registry import Analysis, Catalogue
 from lab.config.schema import Config, schema
 from lab.config.strict_yaml import shorten
 from lab.system.errors import ConfigError
 
+PATHS = (
+    "results_dir", "data_dir", "features_cache_dir", "feature_extractor_weights",
+    "pretrained_weights", "jtt_error_set",
+)  # fmt: skip
 OVERRIDES = 32_000  # characters in all
-DEFAULT_WEIGHT_DECAY = {"SGD": 0.0, "Adam": 0.01}
 
 
 def load_config(path, overrides: Sequence[str] = (), trust_plugins: bool = False) -> Config:
@@ -103,6 +107,9 @@ def validate(
     for name in ("spurious_features", "opposite_spurious_features", "dfr_spurious_features"):
         if isinstance(document.get(name), dict):  # labels may be numbers
             document[name] = {str(label): feature for label, feature in document[name].items()}
+    for name in PATHS:  # once, on reading: not every library knows ~
+        if isinstance(document.get(name), str) and document[name].startswith("~"):
+            document[name] = os.path.expanduser(document[name])
     wrong: set[str] = set()
     left_out = 0
     try:
@@ -115,37 +122,28 @@ def validate(
         # Each field stands alone, so the rest is valid and the combinations can be checked.
         values = dict(model.model_validate(good))
     right = {name: value for name, value in values.items() if name not in wrong}
-    problems += checks.problems(checks.Values(right, catalogue))
+    chosen = checks.chosen_first(right, catalogue)
+    problems += checks.problems(checks.Values(right | chosen, catalogue))
     if problems:
         left_out += max(0, len(problems) - PROBLEMS)
         rest = [f"… and {left_out} more"] if left_out else []
         raise ConfigError(*problems[:PROBLEMS], *rest)
-    return _resolved(config, document)
+    return _resolved(config.model_copy(update=chosen), document, chosen)
 
 
-def _resolved(config: Config, document: dict) -> Config:
+def _resolved(config: Config, document: dict, chosen: dict[str, Any]) -> Config:
     """With a value in place of every null that stands for one, and what the log says of it."""
-    derived = _derived(config)
+    derived = defaults.after(config)
     unset = {name: value for name, value in derived.items() if getattr(config, name) is None}
     switches, notes = _analyses(config)
     config = config.model_copy(update=unset | switches)
+    derived |= {name: value(config) for name, value in defaults.FIRST.items()}
     # A key at its default, as in a file that lists all keys, says nothing.
     given = {name for name in document if _changed(config, name, derived | switches)}
     config._ignored = tuple(effects.without_effect(config, given))
-    config._notes = tuple(notes)
+    used = {name: value for name, value in chosen.items() if effects.has_effect(config, name)}
+    config._notes = (*defaults.notes(used), *notes)
     return config
-
-
-def _derived(config: Config) -> dict[str, Any]:
-    """What null stands for where that depends on other keys."""
-    published = config.dfr_val_split_strategy != "target"
-    return config.data_set.resolve(config) | {
-        "experiment_name": config.data_set.experiment or config.dataset_name,
-        "weight_decay": DEFAULT_WEIGHT_DECAY[config.optimizer],
-        "group_batches": "full" if config.network.full_batches else "mini",
-        "dfr_balance": published,
-        "dfr_standardize": published,
-    }
 
 
 def _analyses(config: Config) -> tuple[dict[str, bool], list[str]]:

@@ -23,8 +23,8 @@ def allowed(annotation, metadata=()) -> str:
     if origin is Literal:
         return ", ".join(map(str, args))
     if type(None) in args:
-        (inner,) = [arg for arg in args if arg is not type(None)]
-        return f"{allowed(inner, metadata)}, or null"
+        inner = [arg for arg in args if arg is not type(None)]
+        return ", ".join(allowed(arg, metadata) for arg in inner) + ", or null"
     if annotation is bool:
         return "true, false"
     if origin is list:
@@ -125,7 +125,8 @@ def _problem(names, field, kind: str, document: dict, model: type[Config]) -> st
         given = given[name]
     if field is None:
         return _unknown(names, given, model)
-    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    kinds = (field.annotation, *get_args(field.annotation))
+    choices = [choice for part in kinds if get_origin(part) is Literal for choice in get_args(part)]
     hint = ""
     if isinstance(given, str):
         lower = {str(choice).lower(): str(choice) for choice in choices}

@@ -13,11 +13,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
 from lab.config.keys import Key, own
 from lab.config.registry import KINDS, Record
 from lab.config.strict_yaml import shorten
 from lab.system.errors import ConfigError
 
+KEY_CONFIG = ConfigDict(strict=True, allow_inf_nan=False)
 MAX_BYTES = 10 * 2**20
 FACTS = "environment.json"
 RUN_FILES = ("config_used.yaml", "status.json", "manifest.json")  # of a run's or sweep's folder
@@ -61,7 +64,9 @@ def imported(files: list[Path]) -> list[Record]:
     """The records of these files, which are imported. Raises `ConfigError` for one that is not a
     plugin or does not import, with file and line."""
     found = []
-    for file in files:
+    for number, file in enumerate(files):
+        if file in files[:number]:
+            raise ConfigError(f"plugins: {file}: named twice; allowed: once")
         for folder in file.parents:
             if any((folder / name).exists() for name in RUN_FILES):
                 raise ConfigError(
@@ -111,6 +116,14 @@ def _records(file: Path, module: ModuleType) -> list[Record]:
         )
     for record in given:
         object.__setattr__(record, "plugin", str(file))  # frozen for everybody else
+        for name, item in record.own_keys().items():
+            try:
+                TypeAdapter(item.type, config=KEY_CONFIG).validate_python(item.field.default)
+            except (ValidationError, PydanticUserError):
+                raise ConfigError(
+                    f"plugins: {file}: the default {item.field.default!r} of the key {name} is not "
+                    "of its type, or not within its bounds"
+                ) from None
     return list(given)
 
 
@@ -131,7 +144,8 @@ def stored(folder: Path, files: list[Path]) -> list[Record]:
 
     Raises `ConfigError` where there are none.
     """
-    repeat = f"repeat plugins=[{', '.join(map(str, files))}] on the command line to import them"
+    override = f"plugins=[{','.join(map(str, files))}]"
+    repeat = f"repeat {override} on the command line to import them"
     try:
         with open(folder / FACTS, "rb") as file:
             kept = json.loads(file.read(MAX_BYTES))["plugins"]
@@ -143,10 +157,10 @@ def stored(folder: Path, files: list[Path]) -> list[Record]:
                 kind: Any = kinds[fact.pop("kind")]
                 keys = fact.pop("keys")
                 plain = {k: tuple(v) if isinstance(v, list) else v for k, v in fact.items()}
-                record = kind(**plain, plugin=str(plugin["file"]))
-                known = record.own_keys()
+                plain |= {"plugin": str(plugin["file"]), "repeat": override}
+                known = kind(**plain).own_keys()
                 extra = {name: _free(key) for name, key in keys.items() if name not in known}
-                found.append(kind(**plain, plugin=str(plugin["file"]), keys=extra))
+                found.append(kind(**plain, keys=extra))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ConfigError(
             f"plugins: given {', '.join(map(str, files))}, which are not imported here; {repeat}"

@@ -29,6 +29,7 @@ from lab.config.registry import (
     Method,
     Network,
     Record,
+    everything,
 )
 
 SIZES = ("num_train_samples", "num_val_samples", "num_test_samples")
@@ -55,6 +56,7 @@ DATA_SETS = [
         code="lab.data_sets.colored_mnist:load",
         experiment="colored_mnist",
         drawn_to_moments=True,
+        sizes=rules.mnist_sizes,
         uses=("mnist_source", *SIZES, *MOMENTS, "use_grayscale"),
     ),
     DataSet(
@@ -63,6 +65,7 @@ DATA_SETS = [
         code="lab.data_sets.waterbirds:load",
         experiment="waterbirds",
         official_validation=True,
+        sizes=everything,
         uses=(*SIZES, "use_grayscale", "on_bad_image", "remove_minority_groups_train"),
     ),
     DataSet(
@@ -70,6 +73,7 @@ DATA_SETS = [
         "an MNIST digit, the shortcut, above a CIFAR-10 picture, the label",
         code="lab.data_sets.dominoes:load",
         experiment="dominoes",
+        sizes=rules.mnist_sizes,
         target_size="val_target_size",
         validation_size="val_target_size",
         side="image_size",
@@ -102,6 +106,7 @@ DATA_SETS = [
         code="lab.data_sets.celeba:load",
         experiment="celeba",
         official_validation=True,
+        sizes=everything,
         side="target_resolution",
         any_task=True,
         standardised=True,
@@ -138,6 +143,7 @@ DATA_SETS = [
         code="lab.data_sets.spurious_mnist:load",
         experiment="spurious_mnist",
         class_indices=True,
+        sizes=rules.mnist_sizes,
         at=lambda c: {"retrains_on_train": c.dfr_reuse_train},
         resolve=lambda c: {"spurious_features": rules.own_shortcuts(c.labels)},
         checks=rules.check_spurious_features,
@@ -182,6 +188,7 @@ RESNET: dict[str, Any] = {
     "pictures": True,
     "batch_norm": True,
     "gradcam_layer": "1.layer4",
+    "sgd_rate": lambda c: 0.001,
     "uses": (
         "pretrained",
         ("pretrained_weights", When("without pretrained", lambda c: c.pretrained)),
@@ -196,6 +203,7 @@ NETWORKS = [
         whole=True,
         full_batches=True,
         depth="num_hidden_layers",
+        sgd_rate=lambda c: 1.0 if c.initialization_method == "muP" else 0.1,
         checks=rules.check_mlp,
         keys={
             "initialization_method": own(
@@ -225,6 +233,7 @@ NETWORKS = [
         pictures=True,
         bytes_per_pixel=600,
         gradcam_layer="4",
+        sgd_rate=lambda c: 0.1,
         keys={
             "latent_size": own(
                 int, 128, "width of the ConvNet's last hidden layer", ge=1, le=4096

@@ -38,17 +38,19 @@ class Record:
     keys: Mapping[str, Key] = field(default_factory=dict)
     uses: tuple[str | tuple[str, When], ...] = ()
     plugin: str | None = None  # the file that it comes from
+    repeat: str = ""  # the override that imports all plugins of a stored run
 
     def __post_init__(self):
-        if not NAME.fullmatch(self.name):
-            raise ValueError(f"{self.name!r}: a name is up to 50 letters, digits and _")
+        for name in (self.name, *self.keys):
+            if not NAME.fullmatch(name):
+                raise ValueError(f"{name!r}: a name is a letter, then up to 49 letters, digits, _")
 
     def load(self) -> Any:
         """The code. Raises `UserError` where its plugin has not been imported."""
         if self.code is None and self.plugin:
             raise UserError(
                 f"{self.selected_by}: {self.name} comes from the plugin {self.plugin}, which is "
-                f"imported only if you repeat it: plugins=[{self.plugin}]"
+                f"imported only if you repeat it: {self.repeat or f'plugins=[{self.plugin}]'}"
             )
         return imported(self.code)
 
@@ -64,7 +66,7 @@ class Record:
         """Plain data that describe the record without its code, for a run's folder."""
         plain = (str, bool, int, float, tuple, list, dict, type(None))
         facts = {f.name: getattr(self, f.name) for f in fields(self)}
-        left_out = ("code", "keys", "uses", "plugin")
+        left_out = ("code", "keys", "uses", "plugin", "repeat")
         shown = {k: v for k, v in facts.items() if isinstance(v, plain) and k not in left_out}
         keys = {
             name: {"default": item.field.default, "meaning": item.field.description}
@@ -80,6 +82,21 @@ def imported(code: Any) -> Any:
         return code
     module, _, name = code.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def a_few(c) -> tuple[int | None, int | None, int | None]:
+    """Samples for training, validation and test of a data set that does not say it."""
+    return 3000, 0, 1000
+
+
+def everything(c) -> tuple[int | None, int | None, int | None]:
+    """All samples of the official splits."""
+    return None, None, None
+
+
+def small_rate(c) -> float:
+    """The learning rate of SGD of a network that does not say it."""
+    return 0.01
 
 
 def no_changes(c) -> dict[str, Any]:
@@ -107,8 +124,9 @@ class DataSet(Record):
     the training samples, so that nothing is set aside; variant: which
     settings make it so, for messages; experiment: what a results folder is called by default.
 
-    at: c → the facts that differ at the settings c; resolve: config → what null stands for in its
-    own keys; checks: c → one line a problem.
+    sizes: c → what `auto` stands for in num_train_samples, num_val_samples and num_test_samples,
+    None for all; at: c → the facts that differ at the settings c; resolve: config → what null
+    stands for in its own keys; checks: c → one line a problem.
     """
 
     selected_by = "dataset_name"
@@ -128,9 +146,15 @@ class DataSet(Record):
     any_task: bool = False
     retrains_on_train: bool = False
     variant: str = ""
+    sizes: Callable[[Any], tuple[int | None, int | None, int | None]] = a_few
     at: Callable[[Any], dict[str, Any]] = no_changes
     resolve: Callable[[Any], dict[str, Any]] = no_changes
     checks: Callable[[Any], Iterable[str]] = no_problems
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.inputs not in ("pictures", "vectors"):
+            raise ValueError(f"inputs: given {self.inputs!r}; allowed: pictures, vectors")
 
     def with_settings(self, c) -> "DataSet":
         """The record with the facts at these settings."""
@@ -150,7 +174,8 @@ class Network(Record):
     pictures: it takes pictures, not features; batch_norm: it needs mini-batches with the groups
     mixed; full_batches: what `group_batches: null` stands for; bytes_per_pixel: memory of a
     forward and a backward pass, measured; gradcam_layer: place of the last convolutions in the
-    body, such as "1.layer4"; depth: the key with the number of its numbered layers.
+    body, such as "1.layer4"; depth: the key with the number of its numbered layers; sgd_rate: c →
+    what `learning_rate: null` stands for with SGD.
     """
 
     selected_by = "model_name"
@@ -163,6 +188,7 @@ class Network(Record):
     bytes_per_pixel: int = 2000
     gradcam_layer: str = ""
     depth: str = ""
+    sgd_rate: Callable[[Any], float] = small_rate
     checks: Callable[[Any], Iterable[str]] = no_problems
 
 
@@ -221,6 +247,13 @@ class Analysis(Record):
     pairs: bool = False
     own_samples: bool = False
     any_problem: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if wrong := set(self.needs) - {"gradient", "jacobian", "outputs"}:
+            raise ValueError(
+                f"needs: given {', '.join(sorted(wrong))}; allowed: gradient, jacobian, outputs"
+            )
 
     @property
     def switch(self) -> str:

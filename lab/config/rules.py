@@ -25,6 +25,11 @@ SHORTCUTS: tuple[Any, ...] = (
 )  # fmt: skip
 
 
+def mnist_sizes(c):
+    """All digits of the full MNIST; of the embedded ones what leaves some for other splits."""
+    return (3000, 0, 1000) if c.mnist_source == "embedded" else (None, 0, None)
+
+
 def own_shortcuts(labels) -> dict[str, SpuriousFeature]:
     """A main shortcut of its own for every label, and the next label's as the minority's."""
     own = SHORTCUTS[: len(labels)]

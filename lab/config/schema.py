@@ -11,14 +11,18 @@ from pydantic import Field, PrivateAttr, StringConstraints, create_model
 
 from lab.config import records
 from lab.config.keys import (
+    ChosenName,
+    ChosenRate,
+    ChosenRatio,
     Count,
+    CountOrAuto,
     Decay,
     Epoch,
     LayerName,
     Moment,
     Name,
     Rate,
-    Samples,
+    SamplesOrAuto,
     Section,
     Share,
     Text,
@@ -94,16 +98,20 @@ class Config(Chosen, Section):
         "pictures without shortcut taken from training: half validation, half target set; of "
         "CelebA only that half, since validation has a split of its own",
     )
-    num_train_samples: Count | None = key(
-        3000,
-        "training samples, DFR's hold-out included, of several classes as many each; null = as "
-        "many as there are",
+    num_train_samples: CountOrAuto = key(
+        "auto",
+        "training samples, DFR's hold-out included, of several classes as many each; null = all; "
+        "auto = all of official splits and of the full MNIST, 3000 of others",
     )
-    num_val_samples: Samples | None = key(
-        0, "validation samples; 0 = none, null = all that there are, or are left"
+    num_val_samples: SamplesOrAuto = key(
+        "auto",
+        "validation samples; 0 = none, null = all, or all that are left; auto = all of official "
+        "splits, none of others",
     )
-    num_test_samples: Count | None = key(
-        1000, "test samples, of several classes as many each; null = as many as there are"
+    num_test_samples: CountOrAuto = key(
+        "auto",
+        "test samples, of several classes as many each; null = all; auto = all of official splits "
+        "and of the full MNIST, 1000 of others",
     )
     train_correlation: Moment = key(0.8, "covariance of y and a in training, E[ya] - E[y]E[a]")
     train_label_marginal: Moment = key(0.0, "E[y] in training: 0 = balanced")
@@ -165,9 +173,10 @@ class Config(Chosen, Section):
     )
     fix_final_layer: bool = key(False, "do not train the output layer")
 
-    loss_function: str = key(
-        "logistic",
-        "logistic = log(1+exp(-y f)), mse = (f-y)^2, cross_entropy: one output per class",
+    loss_function: ChosenName = key(
+        None,
+        "logistic = log(1+exp(-y f)), mse = (f-y)^2, cross_entropy: one output per class; null = "
+        "cross_entropy where labels are classes, else logistic",
     )
     debias_method: str = key("None", "training method; None = ERM")
     group_batches: Literal["full", "mini"] | None = key(
@@ -192,7 +201,11 @@ class Config(Chosen, Section):
     )
     eval_batch_size: Count = key(1000, "most samples at once in evaluation and analyses")
     optimizer: Literal["SGD", "Adam"] = key("SGD", "Adam is AdamW")
-    learning_rate: Rate = key(1.0, "learning rate")
+    learning_rate: ChosenRate = key(
+        None,
+        "learning rate; null = 0.001 for Adam; for SGD 1 for an MLP in muP, 0.1 in NTP and for a "
+        "ConvNet, 0.001 for a ResNet",
+    )
     momentum: Annotated[float, Field(ge=0, lt=1)] = key(0.0, "momentum of SGD")
     weight_decay: Decay | None = key(None, "weight decay; null = 0 for SGD, 0.01 for Adam")
     scheduler: Literal["none", "cosine"] = key(
@@ -236,12 +249,15 @@ class Config(Chosen, Section):
         "features that DFR reads: layer_0 = the input, layer_l = hidden layer l",
         "LayerName",
     )
-    dfr_val_split_strategy: Literal["original", "split_from_train", "target"] = key(
-        "split_from_train",
-        "DFR's data: the official validation set, a part set aside before training, the target set",
+    dfr_val_split_strategy: Literal["auto", "original", "split_from_train", "target"] = key(
+        "auto",
+        "DFR's data: the official validation set, a part set aside before training, the target "
+        "set; auto = original where there is one, else split_from_train",
     )
-    dfr_val_ratio: Annotated[float, Field(ge=0, lt=1)] = key(
-        0.2, "share of every training group set aside by split_from_train, DFR or not"
+    dfr_val_ratio: ChosenRatio = key(
+        None,
+        "share of every training group set aside by split_from_train, DFR or not; null = 0.2 with "
+        "DFR, else 0",
     )
     dfr_balance: bool | None = key(
         None, "fit on group-balanced subsets, not on all; null = except for the target set"
@@ -348,7 +364,9 @@ def schema(catalogue: Catalogue) -> type[Config]:
                     f"plugins: {record.plugin}: {record.name} uses {name}, which is no common key"
                 )
     for kind in (DataSet, Network, Loss, Method):
-        names = Literal[tuple(catalogue.of(kind))]  # type: ignore[valid-type]
+        names: Any = Literal[tuple(catalogue.of(kind))]
+        if Config.model_fields[kind.selected_by].default is None:
+            names = names | None
         added[kind.selected_by] = (names, Config.model_fields[kind.selected_by])
     made = create_model("Config", __base__=Config, **added)
     made.catalogue = catalogue

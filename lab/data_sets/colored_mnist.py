@@ -33,7 +33,8 @@ def load(config: Config) -> Splits:
         y = np.where(digits.labels >= 5, 1, -1)
         place = f"the {part} part of mnist_source {config.mnist_source}"
         seed = derive_seed(config.seed, "digits", part)
-        pools[part] = Pool(y, {-1: "digits 0 to 4", +1: "digits 5 to 9"}, place, seed)
+        names, hint = {-1: "digits 0 to 4", +1: "digits 5 to 9"}, mnist.hint(config.mnist_source)
+        pools[part] = Pool(y, names, place, seed, hint)
     train = draw_to_moments(pools["training"], "train", config)
     val = draw_to_moments(pools["training"], "val", config)
     test = draw_to_moments(pools["test"], "test", config)

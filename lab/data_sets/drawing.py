@@ -22,11 +22,13 @@ class Pool:
     """Samples of one part of a source, drawn by label without replacement in a seeded order.
 
     labels: (N,) of all its samples; names, place: what messages call the samples of each label,
-    and the part.
+    and the part; hint: what else a message advises.
     """
 
-    def __init__(self, labels: np.ndarray, names: dict[int, str], place: str, seed: int):
-        self.names, self.place = names, place
+    def __init__(
+        self, labels: np.ndarray, names: dict[int, str], place: str, seed: int, hint: str = ""
+    ):
+        self.names, self.place, self.hint = names, place, hint
         self.drawn: list[str] = []
         rng = np.random.default_rng(seed)
         self.left = {label: rng.permutation(np.flatnonzero(labels == label)) for label in names}
@@ -45,7 +47,7 @@ class Pool:
                 others = " or ".join(dict.fromkeys(reversed(self.drawn)))
                 problems.append(
                     f"{key}: {sum(counts.values())} samples need {needed} {self.names[label]}, but "
-                    f"{self.place} has {available} left; lower {others}"
+                    f"{self.place} has {available} left; lower {others}{self.hint}"
                 )
         if problems:
             raise DataError(*problems)

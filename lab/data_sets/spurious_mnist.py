@@ -208,7 +208,13 @@ class _Drawing:
 def _pool(part: str, found: np.ndarray, config: Config) -> Pool:
     place = f"the {part} part of mnist_source {config.mnist_source}"
     digits = {label: f"digits {label}" for label in config.labels}
-    return Pool(found, digits, place, derive_seed(config.seed, "digits", part))
+    return Pool(
+        found,
+        digits,
+        place,
+        derive_seed(config.seed, "digits", part),
+        mnist.hint(config.mnist_source),
+    )
 
 
 def _take(pool: Pool, key: str, config: Config) -> list[np.ndarray]:

@@ -26,8 +26,7 @@ def draw(
     """Draw every figure that the run has a table for into `<folder>/plots/`; return the paths.
 
     file_format: png or svg, by default the run's `plot_format`; further: figures of plugins, beside
-    the built-in ones. Raises UnreadableRun if the folder is
-    not a run folder or a table is damaged.
+    the built-in ones. Raises `UnreadableRun` if the folder is no run's or a table is damaged.
     """
     run = read_run(folder)
     file_format = file_format or run.config.get("plot_format", "png")
@@ -48,6 +47,12 @@ def draw(
                 paths.append(plots / f"{page}.{file_format}")
                 save(figure, paths[-1], file_format)
     return paths
+
+
+def without_figure(folder: str | Path, further: Iterable[FigureRecord] = ()) -> list[str]:
+    """The analyses in the run's table that none of these figures draws."""
+    drawn = {figure.table.removeprefix("analysis:") for figure in (*FIGURES.values(), *further)}
+    return [str(name) for name in read_run(folder).analysis.analysis.unique() if name not in drawn]
 
 
 def parts(run: RunTables, figures: list[FigureRecord]) -> Iterator[tuple[RunTables, FigureRecord]]:

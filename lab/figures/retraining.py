@@ -66,7 +66,8 @@ def dfr(run: RunTables) -> Figure | None:
     for row, split in enumerate(splits):
         ax = figure.add_subplot(grid[row, 0])
         before_and_after(ax, run, before[split], after[split])
-        ax.set_title(SPLIT_TITLES[split])
+        fitted = " (DFR was fitted on it)" if split == result.get("fitted_on") else ""
+        ax.set_title(SPLIT_TITLES[split] + fitted)
     if points:
         on_minority = result.get("tuned_for") == "minority_acc"
         score = "validation\nminority accuracy" if on_minority else "worst-group accuracy"

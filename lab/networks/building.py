@@ -116,7 +116,13 @@ def num_outputs(config: Config, num_classes: int, num_tasks: int = 1) -> int:
 
 
 def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
-    """Trainable parameters with their learning rates, as torch's optimisers take them."""
+    """Trainable parameters with their learning rates, as torch's optimisers take them.
+
+    AdamW shrinks a weight by learning rate × weight decay in a step. In muP the rate of a layer has
+    a factor that falls with the width; the decay is divided by it, so that the shrinkage is that of
+    `learning_rate` and `weight_decay` at every width, which transfer of both needs (Yang et al.,
+    2021, Appendix B.3).
+    """
     if not isinstance(model, MLP):
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return [{"params": trainable, "lr": config.learning_rate}]
@@ -129,5 +135,9 @@ def parameter_groups(model: nn.Module, config: Config) -> list[dict]:
         ):
             if parameter is not None and parameter.requires_grad:
                 factor = scaling.adam_factor if config.optimizer == "Adam" else 1.0
-                groups.append({"params": [parameter], "lr": config.learning_rate * factor})
+                group = {"params": [parameter], "lr": config.learning_rate * factor}
+                if config.optimizer == "Adam":
+                    assert config.weight_decay is not None  # resolved on reading
+                    group["weight_decay"] = config.weight_decay / factor
+                groups.append(group)
     return groups

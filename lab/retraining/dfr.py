@@ -39,8 +39,8 @@ def check(splits: Splits, solver: str = "sklearn") -> None:
     """Raises `DataError` before training when DFR will have nothing to work with."""
     if splits.dfr is None:
         raise DataError(
-            "dfr_val_ratio: too small, no sample is set aside for DFR; raise it or "
-            "num_train_samples, or set use_dfr: false"
+            "use_dfr: no sample is set aside for DFR; raise dfr_val_ratio or num_train_samples, or "
+            "set use_dfr: false (a data set of a plugin gives the split dfr itself)"
         )
     labels = len(splits.dfr.y.unique())
     if labels < splits.num_classes:
@@ -112,6 +112,7 @@ def retrain(model, splits: Splits, config: Config) -> tuple[Head, dict]:
         "solver": config.dfr_solver,
         "target_layer": config.dfr_target_layer,
         "split_strategy": config.dfr_val_split_strategy,
+        "fitted_on": {"original": "val", "target": "target"}.get(config.dfr_val_split_strategy),
         "balanced": config.dfr_balance,
         "standardized": config.dfr_standardize,
         **facts,

@@ -47,7 +47,8 @@ def text(results: dict, group_names: list[str]) -> str:
         f"{results['num_coefficients']} coefficients in use"
     ]
     for split in results["after"]:
-        lines += ["", f"{split:<24}{'before':>10}{'after':>10}"]
+        name = f"{split} (fitted on)" if split == results["fitted_on"] else split
+        lines += ["", f"{name:<24}{'before':>10}{'after':>10}"]
         for quantity, name in names.items():
             before, after = (results[when][split][quantity] for when in ("before", "after"))
             lines.append(f"{name:<24}{before:>10.4f}{after:>10.4f}")

@@ -52,6 +52,9 @@ def write_environment(folder: Path, facts: dict[str, Any]) -> None:
     files.write_text(folder / FILE, json.dumps(facts, indent=2) + "\n")
 
 
+LITTLE = "in the last digits"
+
+
 def add_resumed(folder: Path, now: dict[str, Any]) -> None:
     """Add the environment in which a run is resumed; warn of what has changed since it started."""
     path = folder / FILE
@@ -62,23 +65,26 @@ def add_resumed(folder: Path, now: dict[str, Any]) -> None:
         log.warning("%s: not readable (%s), so changes since then are unknown", path, error)
         facts, changes = {}, []
     for change in changes:
-        log.warning("%s: was %s, is %s; the results may differ in the last digits", *change)
+        log.warning("%s: was %s, is %s; the results may differ %s", *change)
     facts.setdefault("resumed", []).append(now)
     write_environment(folder, facts)
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """(what, before, now) of everything changed that can change the last digits."""
+def _differences(
+    before: dict[str, Any], now: dict[str, Any]
+) -> Iterator[tuple[str, Any, Any, str]]:
+    """(what, before, now, how far the results may differ) of everything that has changed."""
     for name in ("git_commit", "device", "device_name", "threads"):
         if before[name] != now[name]:
-            yield name, before[name], now[name]
+            yield name, before[name], now[name], LITTLE
     hashes = {plugin["file"]: plugin["sha256"] for plugin in before.get("plugins", [])}
     for plugin in now.get("plugins", []):
         if (was := hashes.get(plugin["file"])) != plugin["sha256"]:
-            yield f"plugin {plugin['file']}", was and was[:12], plugin["sha256"][:12]
+            short = was and was[:12]
+            yield f"plugin {plugin['file']}", short, plugin["sha256"][:12], "from now on"
     for package in ("torch", "numpy", "scikit-learn"):
         if before["versions"][package] != now["versions"][package]:
-            yield package, before["versions"][package], now["versions"][package]
+            yield package, before["versions"][package], now["versions"][package], LITTLE
 
 
 def _git(*arguments: str) -> str | None:

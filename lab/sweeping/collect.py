@@ -15,6 +15,7 @@ import pandas as pd
 
 from lab.config.seeds import derive_seed
 from lab.evaluation import selection
+from lab.folders import creating, reading
 from lab.folders import status as run_status
 from lab.sweeping import figures, manifests
 from lab.system import files
@@ -97,7 +98,11 @@ def read(folder: Path) -> Sweep:
             status = run_status.read_status(run)
             row |= {"state": status["state"], "folder": str(run.relative_to(folder))}
             if status["state"] == "done":
-                row |= status["summary"]
+                row |= {
+                    name: value
+                    for name, value in status["summary"].items()
+                    if not (name.startswith("dfr_val_") and _fitted_on_validation(run))
+                }
                 own = selection.metric_between_runs(status["summary"])
                 metric = own if own != "worst_acc" else metric
         if row["state"] != "done":
@@ -107,6 +112,12 @@ def read(folder: Path) -> Sweep:
     runs = pd.DataFrame(rows, columns=list(columns))
     settings = manifest["settings"]
     return Sweep(folder, manifest["name"], manifest["keys"], settings, runs, metric, notes)
+
+
+def _fitted_on_validation(run: Path) -> bool:
+    """Whether DFR was fitted on the validation split, so that its accuracy there says nothing."""
+    config = reading.read_config(run / creating.CONFIG)
+    return config.get("dfr_val_split_strategy") == "original"
 
 
 def _last_attempt(path: Path, state: str) -> str:
@@ -211,6 +222,10 @@ def caption(sweep: Sweep, summary: pd.DataFrame, best: int | None) -> list[str]:
             f"Best setting: {_name(sweep, best)}, with the highest mean validation {judged} "
             "accuracy at the last epoch. Test accuracy had no part in the choice."
         )
+        means = summary[f"val_{sweep.metric}_mean"]
+        equal = int((means == means.max()).sum())
+        if equal > 1:
+            lines.append(f"{equal} settings are equally good by that; this is the first of them.")
     elif (summary.seeds > 0).any():
         lines.append(
             "No best setting is named: not every setting has validation accuracies "

@@ -29,9 +29,9 @@ def run(folder: Path, manifest: dict, jobs: list[dict], options: dict) -> None:
     names = {entry["setting"]: entry["name"] for entry in manifest["settings"]}
     free, waiting = deque(range(slots)), deque(jobs)
     running: dict[int, tuple] = {}  # slot -> (job, what submitit knows of it)
-    print_lines(
-        f"{len(jobs)} job(s), {min(slots, len(jobs))} at once, each with {threads} thread(s)"
-    )
+    used = variables.get("OMP_NUM_THREADS") or os.environ["OMP_NUM_THREADS"]
+    at_once = f"{min(slots, len(jobs))} at once, each with {used} thread(s)"
+    print_lines(f"{len(jobs)} job(s), {at_once}")
     with locks.locked(folder):
         executor = submitit.LocalExecutor(
             manifests.submitit_folder(folder), max_num_timeout=attempts.MANY_TIMEOUTS

@@ -45,6 +45,13 @@ class Parser(argparse.ArgumentParser):
         )
 
 
+def folder_name(text: str) -> str:
+    """The type of an argument that names a folder: not empty, as an unset shell variable is."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("given an empty name; allowed: a folder")
+    return text
+
+
 DEFAULT_CONFIG_FILE = "config.yaml"
 
 

@@ -70,7 +70,7 @@ def test_numbers(tmp_path, text, value):
     assert isinstance(found, float)
 
 
-NUMBER = "allowed: a number above 0 to 1000000"
+NUMBER = "allowed: a number above 0 to 1000000, or null"
 WHOLE = "allowed: a whole number from 0 to 1000000"
 EPOCHS = "allowed: null (every epoch) or a list of up to 1000 epochs, such as [0, 1, 5]; [] = never"
 
@@ -112,7 +112,7 @@ EPOCHS = "allowed: null (every epoch) or a list of up to 1000 epochs, such as [0
         ("dfr_target_layer: head", "dfr_target_layer: given 'head' (text); allowed: last_hidden, layer_0, layer_1, …"),
         ("dfr_val_split_strategy: original", "dfr_val_split_strategy: given original, but ColoredMNIST has no official validation set; allowed: split_from_train"),
         ("dfr_val_ratio: 0", "dfr_val_ratio: given 0, which leaves DFR no data; allowed: above 0, below 1"),
-        ("num_train_samples: 0", "num_train_samples: given 0; allowed: a whole number from 1 to 10000000, or null"),
+        ("num_train_samples: 0", "num_train_samples: given 0; allowed: a whole number from 1 to 10000000, auto, or null"),
         ("train_correlation: 0.9\ntrain_label_marginal: 0.5", "train_correlation: given 0.9, which makes the probability of group G(-1,+1) negative (-0.1); allowed with label marginal 0.5 and attribute marginal 0: -0.5 to 0.5"),
         ("test_correlation: -0.5\ntest_label_marginal: 0.5\ntest_attribute_marginal: 0.5", "test_correlation: given -0.5, which makes the probability of group G(-1,-1) negative (-0.0625); allowed with label marginal 0.5 and attribute marginal 0.5: -0.25 to 0.75"),
         ("gap_dynamics_factors: {group_pairs: [[[1, 1], [1, 1]]]}", "gap_dynamics_factors.group_pairs: given [[1, 1], [1, 1]]; allowed: a list of pairs of different groups, each [[y, a], [y, a]] with -1 or 1"),

@@ -297,7 +297,7 @@ def test_misspelt_attributes_are_named_with_the_nearest(faces, capsys, tmp_path)
         ]
     )  # fmt: skip
     assert code == 2
-    line = capsys.readouterr().err.strip()
+    line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("groupings: given Mael, but ")
     assert line.endswith("has no such attribute; did you mean Male?")
     with pytest.raises(DataError, match="allowed: Blond_Hair, Male, Smiling, Young"):

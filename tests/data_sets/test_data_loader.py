@@ -137,11 +137,14 @@ def test_counts_follow_the_moments_exactly(settings, n, y_mean, a_mean, covarian
         assert total == [round(x) for x in exact]
 
 
-def test_the_hold_out_leaves_whether_or_not_dfr_runs(settings):
+def test_what_is_set_aside_for_dfr(settings):
+    """A fifth with DFR, nothing without; an explicit share with or without it."""
     with_dfr = data_loader.load(settings())
     without = data_loader.load(settings(use_dfr=False))
-    assert torch.equal(with_dfr.train.inputs, without.train.inputs)
-    assert len(with_dfr.dfr) == 80
+    explicit = data_loader.load(settings(use_dfr=False, dfr_val_ratio=0.2))
+    assert torch.equal(with_dfr.train.inputs, explicit.train.inputs)
+    assert len(with_dfr.dfr) == len(explicit.dfr) == 80
+    assert without.dfr is None and len(without.train) == len(with_dfr.train) + 80
 
 
 def test_null_takes_as_many_as_the_moments_allow(settings):

@@ -57,7 +57,8 @@ def test_names_of_members_cannot_command_a_terminal(tmp_path):
 )
 def test_hostile_metadata(tmp_path, text, reason):
     with_metadata(tmp_path, text)
-    refused(lambda: waterbirds.load(tmp_path), "metadata.csv", reason, seconds=5)
+    limits = {"seconds": 5, "memory": 400 * 2**20}
+    refused(lambda: waterbirds.load(tmp_path), "metadata.csv", reason, **limits)
 
 
 def test_a_folder_with_names_that_no_file_can_have(tmp_path, settings):

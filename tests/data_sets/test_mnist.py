@@ -1,5 +1,6 @@
 """MNIST's files: what is damaged or hostile is refused by name, soon, in little memory."""
 
+import errno
 import functools
 import gzip
 import hashlib
@@ -66,7 +67,7 @@ def large(path):
     [
         (IMAGES, b"", "not of its format"),
         (IMAGES, idx(2051, (200, 28, 28), PIXELS[:-1]), "156815 bytes instead of 156816"),
-        (IMAGES, idx(2051, (200, 28, 28), PIXELS + b"x"), "156817 bytes instead of 156816"),
+        (IMAGES, idx(2051, (200, 28, 28), PIXELS + b"x"), "more than 156816 for"),
         (IMAGES, idx(2051, (201, 28, 28), PIXELS), "156816 bytes instead of 157600"),
         (IMAGES, idx(2051, (2**31, 28, 28), PIXELS), "promises an array of (2147483648, 28, 28)"),
         (IMAGES, idx(2051, (200, 27, 28), bytes(200 * 27 * 28)), "promises an array of"),
@@ -103,11 +104,44 @@ def offline(monkeypatch):
     monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", ["file:///nowhere/"])
 
 
-def test_packed_mnist_is_unpacked_only_with_the_right_checksum(digits, offline, tmp_path):
-    bomb = gzip.compress(bytes(300 * 2**20), compresslevel=1)
-    load = digits(IMAGES, lambda path: path.with_name(path.name + ".gz").write_bytes(bomb))
-    refused(load, "full MNIST is not in", seconds=5)
+def test_packed_mnist_is_read_as_it_is(digits, offline, tmp_path):
+    """The published `.gz` files, of whatever checksum, without a download or a copy on the disk."""
+    content = idx(2051, (200, 28, 28), PIXELS)
+    write = lambda path: path.with_name(path.name + ".gz").write_bytes(gzip.compress(content))
+    assert len(digits(IMAGES, write)().train) > 0
     assert not (tmp_path / "MNIST" / "raw" / IMAGES).exists()
+
+
+ZEROS = bytes(300 * 2**20)
+PACKED = gzip.compress(idx(2051, (200, 28, 28), PIXELS))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        gzip.compress(ZEROS, compresslevel=1),
+        gzip.compress(idx(2051, (200, 28, 28), ZEROS), compresslevel=1),
+        PACKED[:-500],
+        PACKED[:-8] + bytes(8),
+        b"nonsense" * 1000,
+    ],
+    ids=["zeros", "more than promised", "torn", "checksum", "no gzip"],
+)
+def test_hostile_packed_mnist(digits, offline, content):
+    load = digits(IMAGES, lambda path: path.with_name(path.name + ".gz").write_bytes(content))
+    refused(load, f"{IMAGES}.gz is damaged", seconds=5)
+
+
+def test_digits_that_cannot_be_kept_are_used_all_the_same(tmp_path, monkeypatch, caplog):
+    """Such as in a read-only `data_dir`."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(mnist.np, "savez", refuse)
+    train, test = mnist.embedded(tmp_path)
+    assert (len(train.labels), len(test.labels)) == (4000, 1000)
+    assert "Parsed digits not kept" in caplog.text and "Read-only file system" in caplog.text
 
 
 def test_torchvision_s_old_files_are_not_read(digits, offline, tmp_path, intruder):

@@ -422,6 +422,8 @@ def test_metadata_of_another_shape(archive_with, drawn):
         header = [name if name != column else "other" for name in HEADER]
         with pytest.raises(DataError, match=f"metadata.csv: no column {column}"):
             load(archive_with(metadata=csv_text(rows, header)))
+    with pytest.raises(DataError, match="the column y occurs twice"):
+        load(archive_with(metadata=csv_text([*rows], [*HEADER, "y"])))
     with pytest.raises(DataError, match="no rows"):
         load(archive_with(metadata=csv_text([])))
     with pytest.raises(DataError, match="no column"):

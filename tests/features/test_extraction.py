@@ -702,8 +702,8 @@ def test_colored_mnist_end_to_end(tmp_path, data_dir):
         "use_feature_extractor=true", "feature_extractor_weights=random",
         "feature_extractor_resnet_intermediate_layer=layer1", "num_train_samples=40",
         "num_test_samples=8", "epochs=1", "wandb.enable=false", "use_dfr=false",
-        f"data_dir={data_dir}", f"results_dir={tmp_path}", f"features_cache_dir={tmp_path}/cache",
-        "num_workers=0",
+        "dfr_val_ratio=0.2", f"data_dir={data_dir}", f"results_dir={tmp_path}",
+        f"features_cache_dir={tmp_path}/cache", "num_workers=0",
     ]  # fmt: skip
     (tmp_path / "config.yaml").write_text("")
     assert main.main(["--config", str(tmp_path / "config.yaml"), *options]) == 0

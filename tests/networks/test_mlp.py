@@ -75,16 +75,8 @@ def test_initial_deviations_and_learning_rates(kind):
     assert {group["lr"] for group in building.parameter_groups(net, sgd)} == {0.5}
 
 
-def test_weight_decay_is_decoupled_and_scales_with_each_layers_rate():
-    net, config = build(optimizer="Adam", learning_rate=0.1, dtype=torch.float32)
-    assert config.weight_decay == 0.01
-    before = [layer.weight.detach().clone() for layer in net.layers]
-    optimizer = schedule.build_optimizer(net, config)
-    for parameter in net.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    for layer, weight, factor in zip(net.layers, before, (1 / 4, 1 / 16, 1 / 16, 1 / 4)):
-        assert torch.allclose(layer.weight, weight * (1 - 0.1 * factor * 0.01), rtol=1e-6)
+def test_default_weight_decay():
+    assert validate({"optimizer": "Adam"}).weight_decay == 0.01
     assert validate({"optimizer": "SGD"}).weight_decay == 0.0
     assert validate({"optimizer": "Adam", "weight_decay": 0.3}).weight_decay == 0.3
 
@@ -149,9 +141,13 @@ def slopes(**keys):
     return (x[:, None] * np.log(changes)).sum(0) / (x**2).sum()
 
 
-@pytest.mark.parametrize(("optimizer", "rate"), [("SGD", 0.5), ("Adam", 0.05)])
-def test_under_mup_every_layer_moves_alike_at_all_widths(optimizer, rate):
-    found = slopes(initialization_method="muP", optimizer=optimizer, learning_rate=rate)
+@pytest.mark.parametrize(
+    ("optimizer", "rate", "decay"),
+    [("SGD", 0.5, 0.0), ("SGD", 0.5, 0.01), ("Adam", 0.05, 0.0), ("Adam", 0.05, 0.1)],
+)
+def test_under_mup_every_layer_moves_alike_at_all_widths(optimizer, rate, decay):
+    keys = {"optimizer": optimizer, "learning_rate": rate, "weight_decay": decay}
+    found = slopes(initialization_method="muP", **keys)
     assert np.abs(found).max() < 0.12, found
 
 
@@ -161,3 +157,21 @@ def test_under_ntp_with_sgd_hidden_features_move_less_and_less():
     assert found[1] < -0.35
     assert abs(found[2]) < 0.15  # the output still learns
     assert math.isclose(found[0], -0.5, abs_tol=0.15)  # as 1/√m
+
+
+@pytest.mark.parametrize("method", ["muP", "NTP"])
+@pytest.mark.parametrize("width", [16, 256])
+def test_weight_decay_of_adam_does_not_depend_on_the_width(method, width):
+    """A step without gradients shrinks every weight by learning rate × weight decay."""
+    net, config = build(
+        optimizer="Adam", learning_rate=0.1, weight_decay=0.2, hidden_dim=width,
+        num_hidden_layers=2, initialization_method=method, use_bias=True,
+        use_zero_bias_initialization=False,
+    )  # fmt: skip
+    before = [p.detach().clone() for p in net.parameters()]
+    optimizer = schedule.build_optimizer(net, config)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for old, new in zip(before, net.parameters()):
+        torch.testing.assert_close(new.detach(), old * (1 - 0.1 * 0.2))

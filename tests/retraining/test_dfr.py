@@ -162,7 +162,7 @@ def test_empty_and_tiny_groups(settings, counts):
 
 def test_unusable_data_is_reported_before_training():
     splits = make_splits()
-    with pytest.raises(DataError, match="dfr_val_ratio: too small"):
+    with pytest.raises(DataError, match="use_dfr: no sample is set aside"):
         dfr.check(splits)
     splits.dfr = make_split((4, 4, 0, 0))
     with pytest.raises(DataError, match="one label only"):

@@ -10,6 +10,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from lab.config import seeds
 from lab.sweeping import collect, figures
@@ -348,3 +349,25 @@ def test_mean_and_band_over_seeds():
     assert over["mean"].tolist() == [2, 2, 3]
     assert over["std"].tolist()[:2] == pytest.approx([math.sqrt(2), 0])
     assert math.isnan(over["std"][2])
+
+
+@pytest.mark.parametrize("strategy", ["split_from_train", "original"])
+def test_accuracy_on_what_dfr_was_fitted_on_is_left_out(swept, strategy):
+    folder, _ = swept
+    for path in folder.rglob("status.json"):
+        config = path.parent / "config_used.yaml"
+        kept = yaml.safe_load(config.read_text()) if config.exists() else {}
+        config.write_text(yaml.dump(kept | {"dfr_val_split_strategy": strategy}))
+    runs = collect.read(folder).runs
+    assert ("dfr_val_worst_acc" in runs) == (strategy == "split_from_train")
+    assert "dfr_test_worst_acc" in runs and "val_worst_acc" in runs
+
+
+def test_equally_good_settings_are_counted(swept):
+    sweep = collect.read(swept[0])
+    summary = collect.summarise(sweep)
+    best = collect.best_setting(sweep, summary)
+    assert not any("equally good" in line for line in collect.caption(sweep, summary, best))
+    summary[f"val_{sweep.metric}_mean"] = 0.5
+    lines = collect.caption(sweep, summary, collect.best_setting(sweep, summary))
+    assert any("settings are equally good by that; this is the first" in line for line in lines)

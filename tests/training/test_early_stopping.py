@@ -122,7 +122,7 @@ def test_more_epochs_for_a_run_that_had_patience_left(go):
     ("keys", "val"),
     [
         ({}, "num_val_samples"),
-        ({"dataset_name": "WaterBirds"}, "num_val_samples"),
+        ({"dataset_name": "WaterBirds", "num_val_samples": 0}, "num_val_samples"),
         ({"dataset_name": "Dominoes", "val_target_size": 0}, "val_target_size"),
     ],
 )

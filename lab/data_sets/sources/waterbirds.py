@@ -118,6 +118,8 @@ def _parse(data: bytes, path: str) -> tuple[list[str], list[dict]]:
     except csv.Error as error:
         raise DataError(f"{path}: not readable as CSV ({error})") from None
     raise_problems([f"{path}: no column {column}" for column in COLUMNS if column not in header])
+    twice = [column for column in COLUMNS if header.count(column) > 1]
+    raise_problems([f"{path}: the column {column} occurs twice" for column in twice])
     if len(table) > MAX_ROWS:
         raise DataError(f"{path}: more than {MAX_ROWS} rows")
     table = [(number, row) for number, row in table if row]
