@@ -93,6 +93,15 @@ DATA_SETS = [
                 Literal[32, 224], 32,
                 "32 = 64 rows of 32 pixels, 224 = 224 × 224, as feature extractors take them",
             ),
+            "dominoes_normalization": own(
+                Literal["exact", "published"], "exact",
+                "deviation that channels are divided by without normalize_inputs: exact = that of "
+                "CIFAR-10's pixels, published = 0.2023, 0.1994, 0.2010",
+                when=When(
+                    "only without normalize_inputs, at image_size 32",
+                    lambda c: not c.normalize_inputs and c.image_size == 32,
+                ),
+            ),
         },
         uses=(
             "mnist_source", "num_train_samples", "num_test_samples", "val_target_size",
@@ -306,7 +315,8 @@ METHODS = [
             ),
             "jtt_lambda_up": own(
                 int, 50,
-                "how often JTT takes a training sample that the identification network got wrong",
+                "how often JTT takes a sample that the identification network got wrong; the "
+                "published code makes copies besides, so that its λ is one less",
                 ge=1, le=100_000,
             ),
             "jtt_learning_rate": own(

@@ -29,12 +29,13 @@ from lab.data_sets.drawing import (
 )
 from lab.data_sets.sources import cifar10, mnist
 from lab.splits import groups
-from lab.splits.composites import Composites
+from lab.splits.composites import CIFAR10_STD, PUBLISHED_STD, Composites
 from lab.splits.splits import Split, Splits
 from lab.system.errors import DataError
 
 log = logging.getLogger(f"spurious.{__name__}")
 
+DEVIATIONS = {"exact": CIFAR10_STD, "published": PUBLISHED_STD}  # by dominoes_normalization
 BINARY = ("automobile", "truck")
 PARTS = ("training", "test")
 HALVES = ("val", "target")  # of val_target_size
@@ -79,6 +80,7 @@ def load(config: Config) -> Splits:
                 image_size=config.image_size,
                 grayscale=config.use_grayscale,
                 scaling=scaling(config),
+                deviation=DEVIATIONS[config.dominoes_normalization],
             )
             made[name] = Split(inputs, *labels(counts[name], cells), counts[name])
     if config.dfr_val_split_strategy == "target" and "target" in made:

@@ -22,6 +22,8 @@ ENLARGED_DIGIT = 48
 # Mean and standard deviation of the channels over CIFAR-10's training pictures in [0, 1].
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+# The mean over pictures of each picture's deviation, which published codes divide by.
+PUBLISHED_STD = (0.2023, 0.1994, 0.2010)
 
 
 class Composites:
@@ -34,13 +36,14 @@ class Composites:
     border of 2 above the picture, 64 × 32 pixels, or 224, the digit enlarged to 48 × 48 in the
     middle of the upper 48 rows and the picture stretched to the other 176, 224 × 224 pixels;
     scaling: None, values in [0, 1], "norm", every input scaled to unit L2 norm, or "channels",
-    CIFAR-10's mean subtracted and divided by its deviation.
+    CIFAR-10's mean subtracted and divided by deviation, (3,), of the channels.
     """
 
     def __init__(
         self, digits, pictures, *, image_size: int = 32, grayscale: bool = False,
-        scaling: str | None = None,
+        scaling: str | None = None, deviation: tuple[float, ...] = CIFAR10_STD,
     ):  # fmt: skip
+        self.deviation = deviation
         self.digits, self.pictures = torch.as_tensor(digits), torch.as_tensor(pictures)
         self.image_size, self.grayscale, self.scaling = image_size, grayscale, scaling
         self.shifts: torch.Tensor | None = None  # (N, 3): rows, columns, 1 = mirrored
@@ -92,7 +95,7 @@ class Composites:
         pixels = self._pixels(index)
         # Twice as fast as a division of bytes.
         inputs = luminance(pixels) if self.grayscale else pixels.float().div_(255)
-        return scale_(inputs, self.scaling, CIFAR10_MEAN, CIFAR10_STD)
+        return scale_(inputs, self.scaling, CIFAR10_MEAN, self.deviation)
 
     def batches(self, indices: Iterable) -> Iterator[torch.Tensor]:
         """Yields `self[index]` for every index, in order."""

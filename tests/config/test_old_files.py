@@ -15,7 +15,7 @@ OLD = Path(__file__).parent / "config_used_0_1.yaml"
 def test_every_key_of_version_0_1_means_the_same():
     old, config = strict_yaml.read(OLD), load_config(OLD)
     now = config.resolved()
-    assert set(now) - set(old) == {"plugins", "analyses"}
+    assert set(now) - set(old) == {"plugins", "analyses", "dominoes_normalization"}
     assert {name: now[name] for name in old} == old
     assert changes_results(config, validate({"device": old["device"], "wandb": old["wandb"]})) == []
 

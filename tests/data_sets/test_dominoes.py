@@ -1,6 +1,7 @@
 """Dominoes: pairing, counts, splits that share no picture and no digit, errors for people."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,8 @@ from lab.data_sets.sources import cifar10, mnist
 from lab.features import extraction as feature_extractor
 from lab.splits import groups
 from lab.system.errors import ConfigError, DataError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 TRAIN, TEST, DIGITS, TEST_DIGITS = 100, 30, 130, 34  # of each class
 
@@ -419,3 +422,13 @@ def test_a_run_from_a_folder_of_pictures(tmp_path, data_dir, capsys):
     assert results["split_strategy"] == "target"
     assert set(results["after"]) == {"train", "val", "target", "test"}
     assert {path.stem for path in (folder / "plots").iterdir()} > {"dfr", "samples", "gaps"}
+
+
+def test_the_normalization_of_the_presets():
+    """Published runs divide by the published deviation, other runs by the exact one."""
+    for name in ("erm", "erm_target", "scale", "dfr"):
+        preset = loading.load_config(CONFIGS / f"dominoes_{name}.yaml")
+        assert preset.dominoes_normalization == "published"
+        assert "dominoes_normalization" not in " ".join(preset.ignored)
+    given = {"dataset_name": "Dominoes", "dominoes_normalization": "published"}
+    assert "dominoes_normalization" in " ".join(loading.validate(given).ignored)

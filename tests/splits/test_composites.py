@@ -185,3 +185,14 @@ def test_copies_do_not_change_the_original():
     found.augmented(0)
     found.subset([0, 1])
     assert torch.equal(found[:], before)
+
+
+def test_the_published_deviation():
+    """Colour planes by (value - mean) / (0.2023, 0.1994, 0.2010), as published codes have it."""
+    plain, published = (
+        Composites(*parts(4)),
+        Composites(*parts(4), scaling="channels", deviation=composites.PUBLISHED_STD),
+    )
+    mean = torch.tensor(composites.CIFAR10_MEAN).view(3, 1, 1)
+    std = torch.tensor([0.2023, 0.1994, 0.2010]).view(3, 1, 1)
+    torch.testing.assert_close(published[:], (plain[:] - mean) / std)
