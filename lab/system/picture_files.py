@@ -60,7 +60,7 @@ def decode(data: bytes, side=SIDE, exact=None, box=None) -> np.ndarray:
             if picture.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
                 raise Damaged(f"more than {MAX_SCANS} scans")
             # Not with Image.draft: scaling inside the JPEG decoder changes pixels by up to 50.
-            image = picture if picture.mode == "RGB" else picture.convert("RGB")
+            image = rgb(picture)
             if box:
                 image = image.crop(box)
             if side:
@@ -73,6 +73,25 @@ def decode(data: bytes, side=SIDE, exact=None, box=None) -> np.ndarray:
         reason = f"none of {', '.join(FORMATS)}" if unknown else error
         raise Damaged(f"not a readable picture ({reason})") from None
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def rgb(picture: Image.Image) -> Image.Image:
+    """A picture of any mode that JPEG and PNG have, in RGB.
+
+    16-bit grey is divided by 257, the ratio of the ranges; PIL by itself would cut it off at 255,
+    which is white. Transparency and a camera's rotation (EXIF) are left out, as by the loaders of
+    published code. Raises `Damaged` for values beyond 16 bits.
+    """
+    if picture.mode == "RGB":
+        return picture
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.asarray(picture).astype(np.float64)
+        if not (values.min() >= 0 and values.max() <= 65_535):
+            raise Damaged(f"values from {values.min():g} to {values.max():g}; allowed: 16 bits")
+        return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    return picture.convert("RGB")
 
 
 def leaves_folder(name: str) -> bool:

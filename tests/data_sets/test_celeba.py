@@ -479,3 +479,14 @@ def test_rebalancing_helps_the_worst_group_of_the_planted_pair(
         assert code == 0
         worst[method] = pd.read_csv(folder / "training_history.csv")["test_worst_acc"].iloc[-1]
     assert all(worst[method] > worst["None"] + 0.1 for method in epochs if method != "None"), worst
+
+
+def test_lists_may_begin_with_a_byte_order_mark(tmp_path):
+    celeba_standin.write(tmp_path, 20, FACE_ATTRIBUTES, PLANTED)
+    plain = celeba.load(tmp_path, 16)
+    for name in ("list_attr_celeba.txt", "list_eval_partition.txt"):
+        path = tmp_path / "celeba" / name
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    marked = celeba.load(tmp_path, 16)
+    assert np.array_equal(marked.attributes, plain.attributes)
+    assert np.array_equal(marked.split, plain.split)

@@ -6,6 +6,7 @@ import struct
 import zlib
 
 import hypothesis
+import numpy as np
 import pytest
 from helpers import limited
 from hostile import damaged, refused
@@ -88,3 +89,43 @@ PICTURES = [
 def test_damaged_pictures_are_read_or_refused(data):
     with limited(), contextlib.suppress(picture_files.Damaged):
         assert picture_files.decode(data).shape == (3, 224, 224)
+
+
+RAMP = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
+COLOURS = np.stack([RAMP, RAMP[::-1], RAMP.T], axis=-1)
+
+
+def palette(transparent):
+    picture = Image.fromarray(COLOURS).quantize(64)
+    if transparent:
+        picture.info["transparency"] = bytes(range(64))
+    return picture
+
+
+def rotated():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected", "tolerance"),
+    [
+        (encoded(Image.fromarray(COLOURS), "PNG"), COLOURS, 0),
+        (encoded(Image.fromarray(RAMP), "PNG"), RAMP, 0),
+        (encoded(Image.fromarray(RAMP.astype(np.uint16) * 257), "PNG"), RAMP, 0),
+        (encoded(Image.fromarray(RAMP > 127), "PNG"), np.where(RAMP > 127, 255, 0), 0),
+        (encoded(Image.fromarray(np.stack([RAMP, RAMP.T], -1), "LA"), "PNG"), RAMP, 0),
+        (encoded(Image.fromarray(COLOURS).convert("RGBA"), "PNG"), COLOURS, 0),
+        (encoded(palette(False), "PNG"), COLOURS, 40),
+        (encoded(palette(True), "PNG"), COLOURS, 40),
+        (encoded(Image.fromarray(COLOURS).convert("CMYK"), "JPEG", quality=100), COLOURS, 70),
+        (encoded(Image.fromarray(RAMP), "JPEG", quality=100, exif=rotated()), RAMP, 3),
+    ],
+    ids=["RGB", "L", "16 bits", "1 bit", "LA", "RGBA", "P", "P, transparent", "CMYK", "EXIF"],
+)
+def test_every_mode_has_a_defined_conversion(data, expected, tolerance):
+    found = picture_files.decode(data, side=None).transpose(1, 2, 0).astype(int)
+    expected = expected if expected.ndim == 3 else np.repeat(expected[..., None], 3, axis=2)
+    assert np.abs(found - expected).max() <= tolerance
+    assert np.abs(found - expected).mean() <= tolerance / 4

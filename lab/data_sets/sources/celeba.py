@@ -5,6 +5,7 @@ by hand, in torchvision's layout or as the archive of Kaggle; archives are read 
 `picture_files`).
 """
 
+import codecs
 import difflib
 import hashlib
 import io
@@ -175,7 +176,7 @@ def _table(place, name: str, columns: int | None = None):
 
     where = f"{place.path}/{name}"
     try:
-        data = place.read(name)
+        data = place.read(name).removeprefix(codecs.BOM_UTF8)
         names, length, sep = None, None, r"\s+"
         if name.endswith(".csv"):
             header, _, data = data.partition(b"\n")
