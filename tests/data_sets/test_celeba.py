@@ -489,4 +489,4 @@ def test_lists_may_begin_with_a_byte_order_mark(tmp_path):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     marked = celeba.load(tmp_path, 16)
     assert np.array_equal(marked.attributes, plain.attributes)
-    assert np.array_equal(marked.split, plain.split)
+    assert np.array_equal(marked.partition, plain.partition)
