@@ -13,6 +13,21 @@ from lab.config.schema import Config, fields
 from lab.config.strict_yaml import shorten, show
 
 PROBLEMS = 50  # in one error
+# Names that other codes have for our keys.
+MEANINGS = {
+    "lr": "learning_rate", "eta": "learning_rate", "step_size": "learning_rate",
+    "method": "debias_method", "algorithm": "debias_method", "batch_size": "train_batch_size",
+    "bs": "train_batch_size", "wd": "weight_decay", "l2": "weight_decay", "arch": "model_name",
+    "model": "model_name", "architecture": "model_name", "network": "model_name",
+    "backbone": "feature_extractor_model_name", "data": "dataset_name", "dataset": "dataset_name",
+    "hidden_size": "hidden_dim", "width": "hidden_dim", "depth": "num_hidden_layers",
+    "num_layers": "num_hidden_layers", "num_epochs": "epochs", "n_epochs": "epochs",
+    "max_epochs": "epochs", "loss": "loss_function", "criterion": "loss_function",
+    "activation": "activation_function", "random_seed": "seed", "root": "data_dir",
+    "root_dir": "data_dir", "output_dir": "results_dir", "out_dir": "results_dir",
+    "save_dir": "results_dir", "patience": "early_stopping_patience", "opt": "optimizer",
+    "lr_scheduler": "scheduler", "amp": "mixed_precision",
+}  # fmt: skip
 
 
 def allowed(annotation, metadata=()) -> str:
@@ -72,6 +87,23 @@ def of_error(error: ValidationError, document: dict, model: type[Config]):
 def _near(name: str, known) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def _near_key(name: str, known: list[str]) -> str:
+    """The hint on a key that does not exist: the key of the same meaning, or of a like spelling."""
+    meant = MEANINGS.get(name.lower().replace("-", "_"))
+    if meant in known:
+        return f"; did you mean {meant}?"
+    return _near(name, [key for key in known if _alike(name, key)])
+
+
+def _alike(name: str, key: str) -> bool:
+    """Whether the words of two keys are alike one by one: tsne_learning_rate means no jtt_…."""
+    words, others = name.split("_"), key.split("_")
+    return len(words) != len(others) or all(
+        difflib.SequenceMatcher(None, word, other).ratio() >= 0.6
+        for word, other in zip(words, others)
+    )
 
 
 def _place(location, model: type[Config]) -> tuple[list[str], Any]:
@@ -144,7 +176,7 @@ def _unknown(names, given, model: type[Config]) -> str:
     known, sections = [name for name, _, _ in fields(model.catalogue)], []
     if len(names) == 1:
         sections = [name for name in model.model_fields if name not in known]
-    hint = _near(full, [n for n in known + sections if n.count(".") == full.count(".")])
+    hint = _near_key(full, [n for n in known + sections if n.count(".") == full.count(".")])
     if len(names) == 1 and full in known:
         section, _, name = full.partition(".")
         hint = f"; in a file it is written {section}: {{{name}: …}}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lab.config import document, schema, strict_yaml
+from lab.config import document, messages, schema, strict_yaml
 from lab.config.loading import load_config, validate
 from lab.config.seeds import derive_seed
 from lab.system.errors import ConfigError
@@ -95,6 +95,9 @@ EPOCHS = "allowed: null (every epoch) or a list of up to 1000 epochs, such as [0
         ("optimizer: sgd", "optimizer: given 'sgd' (text); allowed: SGD, Adam; did you mean SGD?"),
         ("optimizer: null", "optimizer: given null; allowed: SGD, Adam"),
         ("debias_method: DRO", "debias_method: given 'DRO' (text); allowed: None, IW_uniform, GroupDRO, RWY, RWG, SUBY, SUBG, JTT, ERM_target, SCALE"),
+        ("lr: 3", "lr: given 3, but there is no such key; did you mean learning_rate?"),
+        ("hidden_size: 3", "hidden_size: given 3, but there is no such key; did you mean hidden_dim?"),
+        ("tsne_learning_rate: 3", "tsne_learning_rate: given 3, but there is no such key; did you mean learning_rate?"),
         ("hiden_dim: 3", "hiden_dim: given 3, but there is no such key; did you mean hidden_dim?"),
         ("xyzzy: 3", "xyzzy: given 3, but there is no such key"),
         ("wandb: {enabel: true}", "wandb.enabel: given true, but there is no such key; did you mean wandb.enable?"),
@@ -330,3 +333,8 @@ def test_help_fits_80_columns_and_names_every_key():
 def test_a_number_for_a_text_key_is_reported_to_be_quoted(tmp_path):
     line = only(problems({"experiment_name": 5}, tmp_path=tmp_path))
     assert line.endswith("(this is no text for YAML: put it in quotes, '5')")
+
+
+def test_every_meaning_names_a_key():
+    names = {name for name, _, _ in schema.fields()}
+    assert set(messages.MEANINGS.values()) <= names and not set(messages.MEANINGS) & names
