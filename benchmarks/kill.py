@@ -110,6 +110,9 @@ def differences(folder: Path, reference: Path) -> list[str]:
             equal = a.files == b.files and all(a[k].tobytes() == b[k].tobytes() for k in a.files)
         if not equal:
             found.append(name)
+    final = [json.loads((f / "status.json").read_text()) for f in (folder, reference)]
+    if any(final[0][key] != final[1][key] for key in ("state", "phase", "summary")):
+        found.append("status.json")
     plots = [sorted(p.name for p in (f / "plots").iterdir()) for f in (folder, reference)]
     return found if plots[0] == plots[1] else [*found, "plots"]
 

@@ -31,12 +31,19 @@ def write_status(
     files.write_text(folder / FILE, json.dumps(status, indent=2, allow_nan=False) + "\n")
 
 
+def _number(value: Any) -> float:
+    """A metric as it was written: null is NaN, a whole number, such as an epoch, stays one."""
+    if value is None:
+        return math.nan
+    return value if type(value) is int else float(value)
+
+
 def read_status(folder: Path) -> dict[str, Any]:
     """The content of `status.json`. Raises `UserError` if it is missing or not readable."""
     path = Path(folder) / FILE
     try:
         status = json.loads(path.read_text(encoding="utf-8"))
-        summary = {k: math.nan if v is None else float(v) for k, v in status["summary"].items()}
+        summary = {k: _number(v) for k, v in status["summary"].items()}
         known = status["phase"] in PHASES and isinstance(status["id"], str)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not readable, so this is no run to resume ({error})") from None

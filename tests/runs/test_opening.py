@@ -1,5 +1,6 @@
 """A finished run, opened from its folder."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 import lab
 from lab.evaluation import metrics, predictions
+from lab.folders import status
 from lab.system.errors import ConfigError
 
 
@@ -41,3 +43,14 @@ def test_import_lab_takes_no_torch_and_tables_need_none():
     assert "open_run" in dir(lab)
     with pytest.raises(AttributeError, match="no attribute 'open_runs'"):
         lab.open_runs  # noqa: B018
+
+
+def test_metrics_in_the_status_stay_what_they_were(tmp_path):
+    """An epoch is a whole number before and after a resumption reads and writes the file."""
+    given = {"best_epoch": 6, "test_avg_acc": 1.0, "val_loss": math.nan}
+    status.write_status(tmp_path, "done", "done", "x", given)
+    before = (tmp_path / status.FILE).read_bytes()
+    read = status.read_status(tmp_path)
+    status.write_status(tmp_path, "done", "done", "x", read["summary"])
+    assert (tmp_path / status.FILE).read_bytes() == before
+    assert type(read["summary"]["best_epoch"]) is int
