@@ -230,3 +230,9 @@ def test_full_mnist_missing_and_offline(tmp_path, settings, monkeypatch):
     assert "t10k-labels-idx1-ubyte" in message
     assert "mnist_source: embedded" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("name", ["ColoredMNIST", "SpuriousMNIST"])
+def test_too_few_embedded_digits_name_the_full_source(settings, name):
+    with pytest.raises(DataError, match="or take mnist_source: full"):
+        data_loader.load(settings(dataset_name=name, num_train_samples=50_000))

@@ -15,7 +15,7 @@ from lab.config.seeds import derive_seed
 from lab.evaluation import metrics, predictions
 from lab.evaluation.losses import LOGISTIC
 from lab.networks import building
-from lab.retraining import dfr, regressions
+from lab.retraining import dfr, regressions, report
 from lab.retraining.head import Head
 from lab.retraining.subsets import fitting_and_scoring
 from lab.splits.splits import Splits
@@ -376,3 +376,14 @@ def test_missing_labels_are_reported(settings):
     splits.dfr = three_classes((5, 6, 4, 7, 5, 6, 0, 0, 0), 2)
     with pytest.raises(DataError, match="hold 2 of 3 labels only"):
         dfr.check(splits)
+
+
+@pytest.mark.parametrize(("strategy", "marked"), [("original", "val"), ("split_from_train", None)])
+def test_the_split_that_dfr_was_fitted_on_is_marked(settings, strategy, marked):
+    net, splits, config = problem(settings)
+    splits.val = splits.dfr
+    config = config.model_copy(update={"dfr_val_split_strategy": strategy})
+    _, results = dfr.retrain(net, splits, config)
+    assert results["fitted_on"] == marked
+    lines = report.text(results, splits.group_names).splitlines()
+    assert [line.split()[0] for line in lines if "(fitted on)" in line] == [marked] * bool(marked)

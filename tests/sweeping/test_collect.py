@@ -371,3 +371,24 @@ def test_equally_good_settings_are_counted(swept):
     summary[f"val_{sweep.metric}_mean"] = 0.5
     lines = collect.caption(sweep, summary, collect.best_setting(sweep, summary))
     assert any("settings are equally good by that; this is the first" in line for line in lines)
+
+
+def test_the_gap_figure_shows_the_flow_of_the_setting_s_own_method(tmp_path):
+    """`method_total`, not ERM's `total`, of the training gap and of the test gap under its flow."""
+    write_sweep(tmp_path, [{"debias_method": "RWG"}], seeds=2, analysis=True)
+    for path in tmp_path.rglob("analysis.csv"):
+        table = pd.read_csv(path)
+        rows = table[table.quantity == "total"].assign(quantity="method_total")
+        rows["value"] = 0.0014
+        under = pd.concat([table, rows])
+        under = under[under.split == "test"].assign(split="test_under_train")
+        pd.concat([table, rows, under]).to_csv(path, index=False)
+    sweep = collect.read(tmp_path)
+    runs = {0: [figures.read_run(tmp_path / folder) for folder in sweep.done(0).folder]}
+    figure = figures.gap_dynamics(sweep, runs, "first")
+    assert {ax.get_title().splitlines()[-1] for ax in figure.axes} == {
+        "train", "test gap, training gradient"
+    }  # fmt: skip
+    for ax in figure.axes:
+        (line,) = [one for one in ax.get_lines() if "method" in one.get_label()]
+        assert np.allclose(line.get_ydata(), 0.0014)
